@@ -1,3 +1,5 @@
 __version__ = "0.1.0"
 
 from . import core  # first of all: adds torchvision's operators where they are missing
+
+core.when_imported('diffusers.quantizers.auto', core.register_backend)  # save_pretrained and from_pretrained know packed models
