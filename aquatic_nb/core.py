@@ -6,7 +6,7 @@
 __all__ = ['has_op', 'shim_torchvision', 'generator', 'write_atomic', 'work_lock', 'when_imported', 'LazyConfig',
            'lazy_quantizer', 'register_backend', 'progress', 'machine']
 
-# %% ../nbs/00_core.ipynb #e1169a0c
+# %% ../nbs/00_core.ipynb #35420f6d
 import errno
 import hashlib
 import importlib
@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-# %% ../nbs/00_core.ipynb #3d19c3f9
+# %% ../nbs/00_core.ipynb #0bc1ec1d
 _shim = [] # keeps the library alive: torch forgets the operators when it is collected
 
 def has_op(
@@ -31,7 +31,7 @@ def has_op(
     "Whether torch knows the operator `name`."
     return name in torch._C._dispatch_get_all_op_names()
 
-# %% ../nbs/00_core.ipynb #4e56b959
+# %% ../nbs/00_core.ipynb #d1705892
 def _load_torchvision_ops(folder:Path) -> None:
     "Load torchvision's compiled part as torchvision itself would; a part built for another torch is left out."
     for lib in sorted(folder.glob('_C*.so')) + sorted(folder.glob('_C*.pyd')):
@@ -53,7 +53,7 @@ def shim_torchvision() -> bool: # were operators declared by this call?
 
 shim_torchvision();
 
-# %% ../nbs/00_core.ipynb #04e464ce
+# %% ../nbs/00_core.ipynb #3a87027c
 def generator(
     seed:int, # the run's seed, any integer
     *stream:int|str, # name of this use of randomness, e.g. 'calib', 3
@@ -67,7 +67,7 @@ def generator(
     state = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), 'little') >> 1
     return torch.Generator(device=device).manual_seed(state)
 
-# %% ../nbs/00_core.ipynb #5ebcfefe
+# %% ../nbs/00_core.ipynb #bf323dda
 def _flush(path:Path) -> None:
     "Ask the system to put the bytes of `path` on the disk now."
     with open(path, 'rb+') as f: os.fsync(f.fileno())
@@ -96,14 +96,14 @@ def write_atomic(
         if tmp is not None: tmp.unlink(missing_ok=True)
     return path
 
-# %% ../nbs/00_core.ipynb #c62899e7
+# %% ../nbs/00_core.ipynb #e14626a7
 def _umask() -> int:
     "The permission bits that new files of this process lack."
     mask = os.umask(0)
     os.umask(mask)
     return mask
 
-# %% ../nbs/00_core.ipynb #03eeb0b1
+# %% ../nbs/00_core.ipynb #5dbc2541
 _held = set() # folders locked by this process
 _held_guard = threading.Lock()
 
@@ -136,7 +136,7 @@ def work_lock(
     finally:
         with _held_guard: _held.discard(folder)
 
-# %% ../nbs/00_core.ipynb #d0c3b651
+# %% ../nbs/00_core.ipynb #2675e2c5
 class _Watch:
     "A finder that waits for one module, and calls `do(module)` once that module has been executed."
     def __init__(self, name, do): self.name, self.do = name, do
@@ -161,7 +161,7 @@ def when_imported(
     if name in sys.modules: do(sys.modules[name])
     else: sys.meta_path.insert(0, _Watch(name, do))
 
-# %% ../nbs/00_core.ipynb #440ec1ba
+# %% ../nbs/00_core.ipynb #86102092
 class LazyConfig:
     "Stands for `hub.AquaticConfig` in diffusers' dictionary until it is needed."
     @staticmethod
@@ -186,7 +186,7 @@ def register_backend(
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault('aquatic', LazyConfig)
     auto.AUTO_QUANTIZER_MAPPING.setdefault('aquatic', lazy_quantizer)
 
-# %% ../nbs/00_core.ipynb #c7009376
+# %% ../nbs/00_core.ipynb #1d3178aa
 def progress(
     iterable=None, # what to go through; None for a bar that is moved by `.update()`
     total:int|None=None, # number of steps, where `len(iterable)` does not tell
@@ -196,7 +196,7 @@ def progress(
     "A progress bar with the time that remains."
     return tqdm(iterable, total=total, desc=desc, disable=disable, file=sys.stderr, dynamic_ncols=True, mininterval=0.5, leave=True)
 
-# %% ../nbs/00_core.ipynb #85522439
+# %% ../nbs/00_core.ipynb #2f1d9126
 def _cpu_model() -> str:
     "The processor's name as the system tells it."
     info = Path('/proc/cpuinfo') # Linux only
