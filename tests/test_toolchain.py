@@ -1,0 +1,124 @@
+"""The rules of the house that a machine can check."""
+import ast, configparser, importlib, json, re, shlex, subprocess, sys
+from pathlib import Path
+import pytest
+
+root = Path(__file__).resolve().parents[1]
+lib, nbs = root/'aquatic_nb', root/'nbs'
+numbered = sorted(o for o in nbs.glob('*.ipynb') if re.match(r'\d', o.name))
+books = sorted(o for o in nbs.rglob('*.ipynb') if not any(p[0] in '._' for p in o.relative_to(nbs).parts))
+modules = sorted(o.stem for o in lib.glob('*.py') if not o.stem.startswith('_'))
+name_of = lambda nb: re.sub(r'^\d+[a-z]?_', '', nb.stem)
+order = {name_of(o): i for i, o in enumerate(numbered)}
+KERNELS = {'cpu', 'cuda'}
+
+def cells(nb, kind='code'):
+    return [''.join(c['source']) for c in json.loads(nb.read_text(encoding='utf-8'))['cells'] if c['cell_type'] == kind]
+
+def exported(nb): return [o for o in cells(nb) if re.search(r'^#\|\s*exports?\b', o, re.M)]
+
+def test_every_module_has_its_notebook():
+    made = {re.search(r'#\|\s*default_exp\s+(\S+)', '\n'.join(cells(o)))[1]: o for o in numbered if '#| default_exp' in '\n'.join(cells(o))}
+    assert sorted(made) == modules
+    assert {n: name_of(o) for n, o in made.items()} == {n: n for n in made}, 'a module is named like its notebook'
+
+def test_no_two_notebooks_share_a_number():
+    numbers = [o.name.split('_')[0] for o in numbered]
+    assert len(numbers) == len(set(numbers)), numbers
+
+def test_lower_numbers_only():
+    for nb in numbered:
+        tree = ast.parse((lib/f'{name_of(nb)}.py').read_text(encoding='utf-8')) if (lib/f'{name_of(nb)}.py').exists() else ast.parse('')
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.ImportFrom): continue
+            used = [node.module or ''] if node.module else [o.name for o in node.names]
+            for name in (o.removeprefix('aquatic_nb.').split('.')[0] for o in used if node.level or o.startswith('aquatic_nb.')):
+                assert name not in order or order[name] < order[name_of(nb)], f'{nb.name} imports {name}, which comes later'
+
+def test_exported_cells_are_short():
+    long = []
+    for nb in numbered:
+        most = 60 if name_of(nb) in KERNELS else 40
+        long += [f'{nb.name}: {len(o.splitlines())} lines: {o.splitlines()[1][:60]}' for o in exported(nb) if len([l for l in o.splitlines() if l.strip() and not l.startswith('#|')]) > most]
+    assert not long, '\n'.join(long)
+
+def test_no_loose_ends_in_the_library():
+    found = []
+    for o in lib.glob('*.py'):
+        for i, line in enumerate(o.read_text(encoding='utf-8').splitlines(), 1):
+            if re.search(r'\b(TODO|FIXME|XXX)\b|raise NotImplementedError|\bpass\s+#|^\s*from \S+ import \*', line): found.append(f'{o.name}:{i}: {line.strip()}')
+            if o.stem != '_modidx' and re.search(r'[\u0370-\u03ff]', re.sub(r'#.*|"[^"]*"|\'[^\']*\'', '', line)): found.append(f'{o.name}:{i}: Greek identifier')
+            if re.search(r'\b(torch\.manual_seed|np\.random\.seed|random\.seed)\(', line): found.append(f'{o.name}:{i}: global seed')
+    assert not found, '\n'.join(found)
+
+def test_first_cells():
+    bad = []
+    for nb in numbered:
+        text, code = cells(nb, 'markdown')[0], cells(nb)
+        if not re.match(r'# .+\n+> .+', text): bad.append(f'{nb.name}: the first cell is `# Title` and `> one line`')
+        if '#| default_exp' not in code[0]: bad.append(f'{nb.name}: the first code cell is `#| default_exp`')
+        if 'nbdev_export()' not in code[-1]: bad.append(f'{nb.name}: the last cell exports')
+    assert not bad, '\n'.join(bad)
+
+def test_import_cells_are_pure():
+    "A cell that mixes imports with other code is executed when nbdev makes the docs."
+    mixed = []
+    for nb in books:
+        for src in cells(nb):
+            if re.search(r'^\s*[%!]', src, re.M) or 'nbdev_export()' in src: continue
+            body = ast.parse(src).body
+            imports = [isinstance(o, (ast.Import, ast.ImportFrom)) for o in body]
+            if any(imports) and not all(imports): mixed.append(f'{nb.name}: {src.splitlines()[0][:40]} ... {ast.unparse(body[imports.index(True)])}')
+    assert not mixed, '\n'.join(mixed)
+
+def test_sizes():
+    big = [f'{o.name}: {o.stat().st_size/1e3:.0f} kB' for o in books if o.stat().st_size > 600e3]
+    assert not big, big
+    total = sum(o.stat().st_size for o in nbs.rglob('*') if o.is_file() and not o.name.endswith('.failed'))
+    assert total <= 6 * 2**20, f'nbs/ holds {total/2**20:.1f} MiB'
+    assets = sum(o.stat().st_size for o in (lib/'assets').rglob('*') if o.is_file())
+    assert assets <= 36 * 2**20, f'assets hold {assets/2**20:.1f} MiB'
+
+def public(name):
+    "Functions and classes that a module lists as its own."
+    mod = importlib.import_module(f'aquatic_nb.{name}')
+    for sym in mod.__all__:
+        o = getattr(mod, sym)
+        if callable(o) and getattr(o, '__module__', '') == mod.__name__: yield sym, o
+
+@pytest.mark.parametrize('name', modules)
+def test_public_names_are_explained(name):
+    "A docstring, and a comment on every parameter."
+    from fastcore.docments import docments
+    missing = []
+    for sym, o in public(name):
+        if not (o.__doc__ or '').strip(): missing.append(f'{sym} has no docstring')
+        if isinstance(o, type): continue
+        for p, d in docments(o, full=True).items():
+            if p != 'return' and not d.get('docment'): missing.append(f'{sym}: parameter {p} has no comment')
+    assert not missing, '\n'.join(missing)
+
+def test_settings_and_package_agree():
+    cfg = configparser.ConfigParser(delimiters=['='], interpolation=None)
+    cfg.read(root/'settings.ini')
+    cfg = cfg['DEFAULT']
+    assert f'__version__ = "{cfg["version"]}"' in (lib/'__init__.py').read_text()
+    pinned = {l.split('==')[0].lower().replace('_', '-') for l in (root/'constraints.txt').read_text().splitlines() if '==' in l}
+    wanted = {re.split(r'[<>=!~\[]', o)[0].lower().replace('_', '-') for k in ('requirements', 'dev_requirements') for o in shlex.split(cfg[k])}
+    assert wanted <= pinned, f'not in constraints.txt: {sorted(wanted - pinned)}'
+    assert not (root/'pyproject.toml').exists(), 'nbdev 2 reads settings.ini; a pyproject.toml would hide it'
+
+def test_sidebar_lists_every_notebook():
+    import yaml
+    listed = json.dumps(yaml.safe_load((nbs/'sidebar.yml').read_text(encoding='utf-8')))
+    missing = [str(o.relative_to(nbs)) for o in books if f'"{o.relative_to(nbs)}"' not in listed]
+    assert not missing, f'run python tools/docs.py --sidebar and commit nbs/sidebar.yml: {missing}'
+
+def test_import_is_cheap():
+    "`import aquatic_nb` leaves diffusers, numba, matplotlib and pandas alone."
+    code = 'import sys, aquatic_nb; print([o for o in ("diffusers", "numba", "matplotlib", "pandas", "torch_fidelity") if o in sys.modules])'
+    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip() == '[]'
+
+def test_bad_gate_is_named():
+    res = subprocess.run([sys.executable, root/'tests'/'gates.py', 'no-such-gate'], capture_output=True, text=True)
+    assert res.returncode and 'no-such-gate' in res.stderr and 'notebooks' in res.stderr

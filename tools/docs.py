@@ -1,0 +1,286 @@
+"""The site: nbs/ -> _docs/. `python tools/docs.py` builds and checks it, `--sidebar` only renews nbs/sidebar.yml.
+
+With Quarto on PATH `nbdev_docs` renders; without it smalldocs does, from the same processed notebooks and the same `_quarto.yml`. Either way
+each documented symbol gets a table of its parameters, its source folds out below, formulas use the KaTeX kept in tools/katex, and every page,
+link and anchor is checked afterwards.
+"""
+import ast, importlib, json, os, posixpath, re, shutil, sys
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+root = Path(__file__).resolve().parents[1]
+os.chdir(root)
+sys.path.insert(0, str(root))
+os.environ.setdefault('MPLBACKEND', 'agg')
+
+import nbdev.processors, nbdev.quarto, nbdev.serve, nbdev.showdoc
+import yaml
+from fastcore.docments import DocmentTbl, docstring
+from nbdev.config import get_config
+from nbdev.process import Processor
+from nbdev.processors import FilterDefaults, mv_exports, rm_export
+
+cfg = get_config()
+nbs, proc, out = root/'nbs', root/'_proc', root/'_docs'
+site_url = f'{cfg.doc_host}{cfg.doc_baseurl}/'
+
+# ---- what is in the book
+
+def pages():
+    "Sources of the site's pages below nbs/, in reading order: the index first."
+    found = [o.relative_to(nbs) for o in sorted(nbs.rglob('*')) if o.suffix in ('.ipynb', '.qmd') and o.is_file()]
+    found = [o for o in found if not any(p[0] in '._' for p in o.parts)]
+    return sorted(found, key=lambda o: (o.stem != 'index' or len(o.parts) > 1, len(o.parts) > 1, str(o)))
+
+def page_name(src):
+    "Where a source ends up: numbers leave, as in nbdev's own links (`00_core.ipynb` -> `core.html`)."
+    return str(src.with_name(re.sub(r'^\d+[a-z]?_', '', src.stem) + '.html'))
+
+def title(src):
+    "A notebook's title: the heading of its first cell."
+    path = nbs/src
+    if src.suffix == '.ipynb':
+        cells = json.loads(path.read_text(encoding='utf-8'))['cells']
+        text = next((''.join(c['source']) for c in cells if c['cell_type'] == 'markdown'), '')
+    else: text = path.read_text(encoding='utf-8')
+    found = re.search(r'^#\s+(.+)$', text, re.M) or re.search(r'^title:\s*"?(.+?)"?\s*$', text, re.M)
+    return found[1].strip() if found else src.stem
+
+def sidebar():
+    "The contents of sidebar.yml: landing page, the numbered notebooks, each subfolder as a section, the reference."
+    entry = lambda o: {'text': title(o), 'href': str(o)}
+    numbered = [o for o in pages() if len(o.parts) == 1 and re.match(r'\d', o.stem)]
+    other = [o for o in pages() if len(o.parts) == 1 and not re.match(r'\d', o.stem) and o.stem not in ('index', 'api')]
+    book = [{'text': f'{o.stem.split("_")[0]} · {title(o)}', 'href': str(o)} for o in numbered]
+    contents = [{'text': 'Start here', 'href': 'index.ipynb'}, {'section': 'The book', 'contents': book}]
+    for folder in sorted({o.parts[0] for o in pages() if len(o.parts) > 1}):
+        contents.append({'section': folder.capitalize(), 'contents': [entry(o) for o in pages() if o.parts[0] == folder and len(o.parts) > 1]})
+    contents.append({'section': 'Reference', 'contents': [entry(o) for o in other] + [{'text': 'All functions and classes', 'href': 'api.qmd'}]})
+    return yaml.safe_dump({'website': {'sidebar': {'style': 'floating', 'search': False, 'contents': contents}}}, sort_keys=False, allow_unicode=True)
+
+# ---- what a documented symbol looks like
+
+def cell_text(o):
+    "Text for a cell of a markdown table."
+    return str(o).replace('|', r'\|').replace('\n', ' ')
+
+def code(o):
+    "A type or default in code font; nothing for nothing."
+    if o is None or getattr(o, '__name__', '') == '_empty': return ''
+    name = o if isinstance(o, str) else o.__name__ if isinstance(o, type) and not hasattr(o, '__args__') else str(o)
+    name = re.sub(r'^<function (\w+).*', r'\1', name).replace('typing.', '')
+    return f'`{cell_text(name)}`'
+
+def param_table(sym):
+    "Name, type, default and meaning of each parameter, and of what comes back, as a markdown table; '' for nothing to tell."
+    try: table = DocmentTbl(sym)
+    except (TypeError, ValueError): return ''
+    said = lambda o: '' if getattr(o, '__name__', '') == '_empty' or o is None else cell_text(o)
+    rows = []
+    for name in table.params:
+        d = table.dm.get(name)
+        if name in ('self', 'cls') or d is None: continue
+        default = d.get('default')
+        given = getattr(default, '__name__', '') != '_empty'
+        rows.append([f'**{cell_text(name)}**', code(d.get('anno')), code(repr(default) if not callable(default) else default) if given else '', said(d.get('docment'))])
+    ret = table.dm.get('return', {}) if table.returns else {}
+    if any(said(ret.get(k)) for k in ('anno', 'docment')): rows.append(['*returns*', code(ret.get('anno')), '', said(ret.get('docment'))])
+    if not rows: return ''
+    lines = ['| | type | default | |', '|---|---|---|---|'] + [f"| {' | '.join(r)} |" for r in rows]
+    return '::: {.params}\n\n' + '\n'.join(lines) + '\n\n:::\n'
+
+class TableRenderer(nbdev.showdoc.BasicMarkdownRenderer):
+    "Heading, one-line signature, docstring and the table of parameters."
+    def _repr_markdown_(self):
+        names = [str(o) for o in getattr(self, 'sig', None).parameters] if getattr(self, 'sig', None) else None
+        called = f"`{self.nm}({', '.join(n for n in names if n not in ('self', 'cls'))})`{{.signature}}" if names is not None else ''
+        doc = f"{'#'*self.title_level} {self.nm}\n\n"
+        return doc + '\n\n'.join(o for o in (called, self.docs or '', param_table(self.sym)) if o)
+
+def fold_export(cell):
+    "Keep an exported cell as source that folds out; drop cells that only import, configure or are hidden."
+    flags = cell.directives_.keys() & {'export', 'exporti', 'hide', 'default_exp'}
+    if not flags: return
+    body = [] if 'hide' in flags or 'default_exp' in flags else ast.parse(cell.source).body
+    if all(isinstance(o, (ast.Import, ast.ImportFrom)) for o in body): del cell['source']; return
+    names = [o.name for o in body if hasattr(o, 'name')]
+    cell.source = f'#| code-fold: true\n#| code-summary: "source{": " if names else ""}{", ".join(names)}"\n{cell.source}'
+
+class source_last(Processor):
+    "Put folded source below the documentation of what it defines."
+    def begin(self):
+        cells = self.nb.cells
+        i = 0
+        while i < len(cells):
+            n = 0
+            while i+1+n < len(cells) and getattr(cells[i+1+n], 'has_sd', False): n += 1
+            if n and not getattr(cells[i], 'has_sd', False): cells.insert(i+n, cells.pop(i))
+            i += n + 1
+
+def needed(cell):
+    "Whether `show_doc` needs a cell: exported ones, imports alone, and `show_doc` itself. Examples that also import are not run again."
+    if cell.cell_type != 'code' or not cell.source or 'nbdev_export(' in cell.source or cell.directives_.get('eval:', [''])[0] == 'false': return False
+    if cell.directives_.keys() & {'export', 'exports', 'exporti', 'exec_doc'}: return True
+    trees = cell.parsed_() or []
+    return any(nbdev.processors._show_docs([t]) for t in trees) or bool(trees) and all(isinstance(t, (ast.Import, ast.ImportFrom)) for t in trees)
+
+class BookProcs(FilterDefaults):
+    "nbdev's processors, with source that folds out instead of vanishing."
+    def base_procs(self):
+        swap = {rm_export: fold_export, mv_exports: source_last}
+        return [swap.get(o, o) for o in super().base_procs()]
+
+def api_page():
+    "One line for every public symbol of every module, linked to where it is explained."
+    syms = importlib.import_module('aquatic_nb._modidx').d['syms']
+    lines = ['---', 'title: All functions and classes', 'subtitle: Every public name, by module, linked to its parameters', '---', '']
+    for nb in [o for o in pages() if re.match(r'\d', o.stem) and len(o.parts) == 1]:
+        name = re.sub(r'^\d+[a-z]?_', '', nb.stem)
+        if f'aquatic_nb.{name}' not in syms: continue
+        mod = importlib.import_module(f'aquatic_nb.{name}')
+        lines += [f'## aquatic_nb.{name}', '', f'[{title(nb)}]({nb.name})' + (f': {cell_text(mod.__doc__.strip())}' if mod.__doc__ else ''), '', '| | |', '|---|---|']
+        for sym in mod.__all__:
+            known = syms[f'aquatic_nb.{name}'].get(f'aquatic_nb.{name}.{sym}')
+            doc = (docstring(getattr(mod, sym)) or '') if callable(getattr(mod, sym, None)) else ''
+            if known: lines.append(f"| [`{sym}`]({nb.name}#{known[0].split('#')[1]}) | {cell_text(doc.strip().splitlines()[0]) if doc.strip() else ''} |")
+        lines.append('')
+    return '\n'.join(lines)
+
+# ---- building
+
+_proc_nbs = nbdev.serve.proc_nbs
+
+def process(path='', **kw):
+    "Process every notebook, in this process so that the changes above hold, and add the generated page."
+    shutil.rmtree(proc, ignore_errors=True)
+    cache = _proc_nbs(path, n_workers=0, force=False)
+    done = {str(o.relative_to(cache)) for o in cache.rglob('*.ipynb')}
+    missing = [str(o) for o in pages() if o.suffix == '.ipynb' and str(o) not in done]
+    if missing: raise SystemExit(f'docs: not processed: {", ".join(missing)}')
+    (cache/'api.qmd').write_text(api_page(), encoding='utf-8')
+    for o in nbs.rglob('*'): # pictures and styles that nbdev leaves behind
+        to = cache/o.relative_to(nbs)
+        if o.is_file() and o.suffix in ('.png', '.svg', '.jpg', '.css', '.yml') and not to.exists():
+            to.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(o, to)
+    return cache
+
+def strip_numbers(cache):
+    "Give processed notebooks the names that nbdev's links expect, and follow the renaming in their links and in the sidebar."
+    renamed = {str(o): str(Path(page_name(o)).with_suffix(o.suffix)) for o in pages()}
+    link = lambda text: re.sub(r'(\]\((?:\.\./)*(?:[\w-]+/)*)\d+[a-z]?_([\w-]+\.(?:ipynb|qmd|html))', r'\1\2', text)
+    for o in cache.rglob('*.ipynb'):
+        nb = json.loads(o.read_text(encoding='utf-8'))
+        for c in nb['cells']:
+            if c['cell_type'] == 'markdown': c['source'] = link(''.join(c['source']))
+        o.write_text(json.dumps(nb), encoding='utf-8')
+    for o in cache.glob('*.qmd'): o.write_text(link(o.read_text(encoding='utf-8')), encoding='utf-8')
+    side = (cache/'sidebar.yml').read_text(encoding='utf-8')
+    for old, new in renamed.items():
+        if old == new: continue
+        (cache/old).rename(cache/new)
+        side = re.sub(rf'href: {re.escape(old)}\b', f'href: {new}', side)
+    (cache/'sidebar.yml').write_text(side, encoding='utf-8')
+
+def themes(cache):
+    "Bootstrap as it comes for light, and with its own dark colours at the top for dark: no fonts from elsewhere."
+    import smalldocs
+    css = (Path(smalldocs.__file__).parent/'assets'/'vendor'/'bootstrap'/'bootstrap.min.css').read_text(encoding='utf-8')
+    (cache/'light.css').write_text(css, encoding='utf-8')
+    (cache/'dark.css').write_text(css.replace('[data-bs-theme=dark]{', ':root,[data-bs-theme=dark]{', 1), encoding='utf-8')
+
+def build_smalldocs():
+    "Render with smalldocs."
+    from smalldocs.site import build
+    nbdev.quarto.refresh_quarto_yml()
+    cache = process()
+    strip_numbers(cache)
+    themes(cache)
+    site = build(cache, quiet=True)
+    bad = [w for w in site.warnings if 'broken link' in w]
+    known = ('output-file is not read', 'html-math-method is ignored') # Quarto's; done here by strip_numbers and finish
+    for w in site.warnings:
+        if not any(k in w for k in known): print(f'docs: {w}', file=sys.stderr)
+    if bad: raise SystemExit(f'docs: {len(bad)} broken links')
+    shutil.rmtree(out, ignore_errors=True)
+    shutil.move(site.out, out)
+    shutil.rmtree(proc)
+
+def build_quarto():
+    "Render with Quarto, as `nbdev_docs` does."
+    nbdev.quarto.proc_nbs = process
+    if (root/'README.md').exists(): (root/'README.md').touch() # ours comes from tools/readme.py
+    nbdev.quarto.nbdev_docs.__wrapped__()
+
+OPENED_AS_FILE = """
+// Pages opened from the disk may not fetch: there the search index comes as a script.
+if (location.protocol === 'file:') window.fetch = (plain => (url, ...rest) => !String(url).endsWith('search.json') ? plain(url, ...rest) :
+  new Promise((done, fail) => {
+    const tag = document.createElement('script');
+    tag.src = String(url).replace(/search\\.json$/, 'site_libs/search-index.js');
+    tag.onload = () => done(new Response(JSON.stringify(window.searchIndex)));
+    tag.onerror = fail;
+    document.head.append(tag);
+  }))(window.fetch);
+"""
+
+def finish():
+    "Make every page independent of the network: our KaTeX, relative links, a search that works from the disk too."
+    index = out/'search.json'
+    if index.exists(): (out/'site_libs'/'search-index.js').write_text(f"window.searchIndex = {index.read_text(encoding='utf-8')};\n", encoding='utf-8')
+    script = out/'site_libs'/'smalldocs.js'
+    if script.exists(): script.write_text(OPENED_AS_FILE + script.read_text(encoding='utf-8'), encoding='utf-8')
+    shutil.copytree(root/'tools'/'katex', out/'site_libs'/'katex', dirs_exist_ok=True)
+    for page in out.rglob('*.html'):
+        up = '../' * (len(page.relative_to(out).parts)-1)
+        text = page.read_text(encoding='utf-8')
+        text = re.sub(r'https://cdn\.jsdelivr\.net/npm/katex@[^/"]*/dist(?:/contrib)?/', f'{up}site_libs/katex/', text)
+        page.write_text(text.replace(site_url, up), encoding='utf-8')
+
+# ---- checking
+
+class Links(HTMLParser):
+    "The ids of a page, what it links to, and what it loads."
+    def __init__(self, text):
+        super().__init__()
+        self.ids, self.links, self.loads = set(), [], []
+        self.feed(text)
+    def handle_starttag(self, tag, attrs):
+        a = dict(attrs)
+        if a.get('id'): self.ids.add(a['id'])
+        if tag == 'a' and a.get('name'): self.ids.add(a['name'])
+        if tag == 'a' and a.get('href'): self.links.append(a['href'])
+        if tag in ('img', 'script', 'source', 'iframe') and a.get('src'): self.loads.append(a['src'])
+        if tag == 'link' and a.get('href') and a.get('rel') not in ('canonical', 'alternate', 'next', 'prev'): self.loads.append(a['href'])
+
+def check():
+    "All pages are there, every link and anchor leads somewhere, nothing is loaded from elsewhere."
+    found = {o.relative_to(out).as_posix(): Links(o.read_text(encoding='utf-8')) for o in out.rglob('*.html')}
+    wanted = {page_name(o) for o in pages()} | {'api.html'}
+    problems = [f'no page {o}' for o in sorted(wanted - found.keys())]
+    for name, page in found.items():
+        for url in page.loads + page.links:
+            u = urlsplit(url)
+            if u.scheme in ('http', 'https') or url.startswith('//'):
+                if url in page.loads: problems.append(f'{name} loads {url}')
+            elif not u.scheme:
+                target = posixpath.normpath(posixpath.join(posixpath.dirname(name), unquote(u.path))) if u.path else name
+                if (out/target).is_dir(): target = posixpath.normpath(f'{target}/index.html')
+                if target.startswith('..') or not (out/target).exists(): problems.append(f'{name}: no file {url}')
+                elif u.fragment and target in found and unquote(u.fragment) not in found[target].ids | {'top'}: problems.append(f'{name}: no anchor {url}')
+    if problems: raise SystemExit('docs: ' + '\ndocs: '.join(problems))
+    size = sum(o.stat().st_size for o in out.rglob('*') if o.is_file()) / 2**20
+    return f'{len(found)} pages, {sum(len(o.links) for o in found.values())} links, {size:.1f} MiB in {out.name}/index.html'
+
+def main():
+    (nbs/'sidebar.yml').write_text(sidebar(), encoding='utf-8')
+    if '--sidebar' in sys.argv: return
+    nbdev.serve.FilterDefaults = BookProcs
+    nbdev.processors._do_eval = needed
+    nbdev.showdoc.BasicMarkdownRenderer = TableRenderer
+    build_quarto() if shutil.which('quarto') else build_smalldocs()
+    finish()
+    print(check())
+
+if __name__ == '__main__': main()
