@@ -32,7 +32,7 @@ setup(
     ],
     packages=find_packages(include=['aquatic_nb', 'aquatic_nb.*']),
     package_data={'aquatic_nb': ['assets/*', 'assets/**/*']},
-    include_package_data=True,
+    include_package_data=False, # the globs above say it all
     python_requires=f">={cfg['min_python']}",
     install_requires=shlex.split(cfg['requirements']),
     extras_require=extras,

@@ -93,7 +93,7 @@ def wheel():
     with tempfile.TemporaryDirectory() as tmp:
         tmp = Path(tmp)
         src = shutil.copytree(root, tmp/'src', ignore=shutil.ignore_patterns('.*', '_docs', '_proc', '_demo', 'nbs', 'build', 'dist', '*.egg-info', '__pycache__'))
-        run(BIN/'python', '-m', 'pip', 'wheel', '--quiet', '--no-deps', '--no-build-isolation', '-w', tmp, src, minutes=3)
+        run(BIN/'python', '-m', 'pip', 'wheel', '--quiet', '--no-deps', '--no-build-isolation', '-w', tmp, src, minutes=3, capture=True)
         whl, = tmp.glob('*.whl')
         run(sys.executable, '-m', 'venv', '--without-pip', tmp/'env', minutes=2)
         py = tmp/'env'/'bin'/'python'

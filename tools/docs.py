@@ -4,7 +4,7 @@ With Quarto on PATH `nbdev_docs` renders; without it smalldocs does, from the sa
 each documented symbol gets a table of its parameters, its source folds out below, formulas use the KaTeX kept in tools/katex, and every page,
 link and anchor is checked afterwards.
 """
-import ast, importlib, json, os, posixpath, re, shutil, sys
+import ast, importlib, inspect, json, os, posixpath, re, shutil, sys
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -69,7 +69,8 @@ def code(o):
     "A type or default in code font; nothing for nothing."
     if o is None or getattr(o, '__name__', '') == '_empty': return ''
     name = o if isinstance(o, str) else o.__name__ if isinstance(o, type) and not hasattr(o, '__args__') else str(o)
-    name = re.sub(r'^<function (\w+).*', r'\1', name).replace('typing.', '')
+    name = re.sub(r'^<(?:function|class) \W*([\w.]+).*', r'\1', name)
+    name = re.sub(r'\b(?:typing|torch|collections\.abc|aquatic_nb\.\w+)\.(?=[A-Z])', '', name)
     return f'`{cell_text(name)}`'
 
 def param_table(sym):
@@ -77,26 +78,36 @@ def param_table(sym):
     try: table = DocmentTbl(sym)
     except (TypeError, ValueError): return ''
     said = lambda o: '' if getattr(o, '__name__', '') == '_empty' or o is None else cell_text(o)
-    rows = []
+    rows, shown = [], params_of(sym)
     for name in table.params:
         d = table.dm.get(name)
-        if name in ('self', 'cls') or d is None: continue
+        if name not in shown or d is None: continue
         default = d.get('default')
         given = getattr(default, '__name__', '') != '_empty'
-        rows.append([f'**{cell_text(name)}**', code(d.get('anno')), code(repr(default) if not callable(default) else default) if given else '', said(d.get('docment'))])
+        rows.append([f'**{cell_text(shown[name]).replace("*", chr(92)+"*")}**', code(d.get('anno')), code(repr(default) if not callable(default) else default) if given else '', said(d.get('docment'))])
     ret = table.dm.get('return', {}) if table.returns else {}
     if any(said(ret.get(k)) for k in ('anno', 'docment')): rows.append(['*returns*', code(ret.get('anno')), '', said(ret.get('docment'))])
     if not rows: return ''
     lines = ['| | type | default | |', '|---|---|---|---|'] + [f"| {' | '.join(r)} |" for r in rows]
     return '::: {.params}\n\n' + '\n'.join(lines) + '\n\n:::\n'
 
+def star(p): return {p.VAR_POSITIONAL: '*', p.VAR_KEYWORD: '**'}.get(p.kind, '')
+
+def params_of(sym):
+    "Parameters of a function or class that are worth naming, with their stars; none where there is no signature."
+    try: found = inspect.signature(sym).parameters.values()
+    except (TypeError, ValueError): return {}
+    return {p.name: star(p) + p.name for p in found if p.name not in ('self', 'cls')}
+
 class TableRenderer(nbdev.showdoc.BasicMarkdownRenderer):
-    "Heading, one-line signature, docstring and the table of parameters."
+    "Heading, one-line signature, docstring and the table of parameters, of the exported symbol: its source has the comments."
+    module = None # of the notebook in work
+
     def _repr_markdown_(self):
-        names = [str(o) for o in getattr(self, 'sig', None).parameters] if getattr(self, 'sig', None) else None
-        called = f"`{self.nm}({', '.join(n for n in names if n not in ('self', 'cls'))})`{{.signature}}" if names is not None else ''
+        sym = getattr(self.module, self.nm, self.sym)
+        called = f"`{self.nm}({', '.join(params_of(sym).values())})`{{.signature}}" if callable(sym) else ''
         doc = f"{'#'*self.title_level} {self.nm}\n\n"
-        return doc + '\n\n'.join(o for o in (called, self.docs or '', param_table(self.sym)) if o)
+        return doc + '\n\n'.join(o for o in (called, self.docs or '', param_table(sym)) if o)
 
 def fold_export(cell):
     "Keep an exported cell as source that folds out; drop cells that only import, configure or are hidden."
@@ -131,19 +142,33 @@ class BookProcs(FilterDefaults):
         swap = {rm_export: fold_export, mv_exports: source_last}
         return [swap.get(o, o) for o in super().base_procs()]
 
-def api_page():
+    def __call__(self, nb):
+        name = nbdev.processors._default_exp(nb)
+        TableRenderer.module = importlib.import_module(f'aquatic_nb.{name}') if name else None
+        return super().__call__(nb)
+
+def anchor(name):
+    "The id that a heading gets."
+    return name.lower().lstrip('_')
+
+def explained(cache, nb):
+    "The names that a processed notebook has a heading for."
+    cells = json.loads((cache/nb).read_text(encoding='utf-8'))['cells']
+    said = [''.join(o.get('data', {}).get('text/markdown', '')) for c in cells for o in c.get('outputs', [])]
+    return {m for o in said for m in re.findall(r'^#+ ([\w.]+)$', o, re.M)}
+
+def api_page(cache):
     "One line for every public symbol of every module, linked to where it is explained."
-    syms = importlib.import_module('aquatic_nb._modidx').d['syms']
     lines = ['---', 'title: All functions and classes', 'subtitle: Every public name, by module, linked to its parameters', '---', '']
     for nb in [o for o in pages() if re.match(r'\d', o.stem) and len(o.parts) == 1]:
         name = re.sub(r'^\d+[a-z]?_', '', nb.stem)
-        if f'aquatic_nb.{name}' not in syms: continue
+        if not (root/'aquatic_nb'/f'{name}.py').exists(): continue
         mod = importlib.import_module(f'aquatic_nb.{name}')
         lines += [f'## aquatic_nb.{name}', '', f'[{title(nb)}]({nb.name})' + (f': {cell_text(mod.__doc__.strip())}' if mod.__doc__ else ''), '', '| | |', '|---|---|']
+        headings = explained(cache, nb)
         for sym in mod.__all__:
-            known = syms[f'aquatic_nb.{name}'].get(f'aquatic_nb.{name}.{sym}')
-            doc = (docstring(getattr(mod, sym)) or '') if callable(getattr(mod, sym, None)) else ''
-            if known: lines.append(f"| [`{sym}`]({nb.name}#{known[0].split('#')[1]}) | {cell_text(doc.strip().splitlines()[0]) if doc.strip() else ''} |")
+            doc = (docstring(getattr(mod, sym)) or '').strip() if callable(getattr(mod, sym, None)) else ''
+            if sym in headings: lines.append(f"| [`{sym}`]({nb.name}#{anchor(sym)}) | {cell_text(doc.splitlines()[0]) if doc else ''} |")
         lines.append('')
     return '\n'.join(lines)
 
@@ -158,7 +183,7 @@ def process(path='', **kw):
     done = {str(o.relative_to(cache)) for o in cache.rglob('*.ipynb')}
     missing = [str(o) for o in pages() if o.suffix == '.ipynb' and str(o) not in done]
     if missing: raise SystemExit(f'docs: not processed: {", ".join(missing)}')
-    (cache/'api.qmd').write_text(api_page(), encoding='utf-8')
+    (cache/'api.qmd').write_text(api_page(cache), encoding='utf-8')
     for o in nbs.rglob('*'): # pictures and styles that nbdev leaves behind
         to = cache/o.relative_to(nbs)
         if o.is_file() and o.suffix in ('.png', '.svg', '.jpg', '.css', '.yml') and not to.exists():
