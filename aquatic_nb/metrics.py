@@ -10,7 +10,7 @@ __all__ = ['EXTRACTORS', 'REFERENCE_KEYS', 'WEIGHTS', 'frechet_distance', 'Extra
            'register_fidelity', 'classifier_extractor', 'class_accuracy', 'paired_mse', 'psnr_of', 'paired_psnr',
            'paired_ssim', 'lpips_distance', 'VGGSlices', 'paired_lpips', 'bootstrap_ci', 'evaluate_images']
 
-# %% ../nbs/15_metrics.ipynb #f48aed8f
+# %% ../nbs/15_metrics.ipynb #64a476ba
 import hashlib
 import io
 import warnings
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from .core import progress, write_atomic
 
-# %% ../nbs/15_metrics.ipynb #f9247c0f
+# %% ../nbs/15_metrics.ipynb #2cb12258
 def _check_gaussian(mu, sigma, which:str) -> tuple[np.ndarray, np.ndarray]:
     "Mean and covariance as float64 arrays that fit each other, or an error that says what is wrong with the `which` one."
     mu, sigma = np.asarray(mu, np.float64), np.asarray(sigma, np.float64)
@@ -45,7 +45,7 @@ def _psd_root(sigma:np.ndarray) -> np.ndarray:
     values, vectors = np.linalg.eigh(sigma)
     return (vectors*np.sqrt(values.clip(0))) @ vectors.T
 
-# %% ../nbs/15_metrics.ipynb #bf8c3860
+# %% ../nbs/15_metrics.ipynb #e28bfdee
 def frechet_distance(
     mu1:np.ndarray, # [d] mean of the first crowd
     sigma1:np.ndarray, # [d,d] its covariance
@@ -62,7 +62,7 @@ def frechet_distance(
     gap = mu1 - mu2
     return max(0., float(gap @ gap + np.trace(sigma1) + np.trace(sigma2) - 2*np.sqrt(cross).sum()))
 
-# %% ../nbs/15_metrics.ipynb #d4c7bb54
+# %% ../nbs/15_metrics.ipynb #28163eec
 @dataclass(frozen=True)
 class Extractor:
     "A network that turns images into the numbers that metrics compare."
@@ -79,7 +79,7 @@ class Extractor:
     def spatial(self, x): "`[n,d2]` features that keep positions."; return self._one('spatial', x)
     def logits(self, x): "`[n,c]` class scores."; return self._one('logits', x)
 
-# %% ../nbs/15_metrics.ipynb #53bf14e0
+# %% ../nbs/15_metrics.ipynb #b925d0c3
 EXTRACTORS = {} # name -> function that makes an Extractor; filled by `register_extractor`
 
 def register_extractor(
@@ -99,7 +99,7 @@ def get_extractor(
     if extractor not in EXTRACTORS: raise ValueError(f'no extractor {extractor!r}; known: {sorted(EXTRACTORS)}; add one with register_extractor')
     return EXTRACTORS[extractor](**kwargs)
 
-# %% ../nbs/15_metrics.ipynb #13c5fa6c
+# %% ../nbs/15_metrics.ipynb #dcd8c9df
 def to_uint8(
     x, # [n,C,H,W] tensor, or [n,H,W,C] array: uint8, or float with pixels in [0, 1]
 ) -> Tensor: # uint8 [n,C,H,W]
@@ -117,7 +117,7 @@ def to_uint8(
         raise ValueError(f'images: float pixels span [{x.min():.3g}, {x.max():.3g}]; expected [0, 1]: rescale them, e.g. x/2+.5')
     return (x.float()*255 + .5).clamp(0, 255).to(torch.uint8)
 
-# %% ../nbs/15_metrics.ipynb #3be91d17
+# %% ../nbs/15_metrics.ipynb #2169456c
 def _open_image(path:Path, shape=None) -> np.ndarray:
     "A picture file as `[H,W,C]` uint8 with 1 or 3 channels, of the given shape where one is given."
     try:
@@ -146,7 +146,7 @@ def _sliced(images, batch_size:int) -> Iterator[Tensor]:
     for i in range(0, len(images), batch_size):
         yield images[i:i+batch_size] if whole else torch.stack([images[k] for k in range(i, min(i + batch_size, len(images)))])
 
-# %% ../nbs/15_metrics.ipynb #33441e0f
+# %% ../nbs/15_metrics.ipynb #a6889499
 def load_npz_images(
     path, # an `.npz` with images as `arr_0`, [n,H,W,C] uint8
 ) -> np.ndarray: # the array
@@ -157,7 +157,7 @@ def load_npz_images(
     if x.dtype != np.uint8 or x.ndim != 4: raise ValueError(f"{path}: 'arr_0' is {x.dtype} {x.shape}; expected uint8 [n,H,W,C]")
     return x
 
-# %% ../nbs/15_metrics.ipynb #8eb4748b
+# %% ../nbs/15_metrics.ipynb #245ed686
 def image_batches(
     images, # tensor [n,C,H,W], array [n,H,W,C], folder, .npz, Dataset, list of PIL images, or an iterator over batches
     batch_size:int=64, # at most this many at once
@@ -173,7 +173,7 @@ def image_batches(
     elif hasattr(images, '__getitem__') and hasattr(images, '__len__'): images = _sliced(images, batch_size)
     for batch in images: yield from to_uint8(batch).split(batch_size)
 
-# %% ../nbs/15_metrics.ipynb #b6d6e4a2
+# %% ../nbs/15_metrics.ipynb #7a58a12c
 def match_channels(
     x:Tensor, # uint8 [n,C,H,W], C = 1 or 3
     channels:int, # wanted: 1 or 3
@@ -185,7 +185,7 @@ def match_channels(
         raise ValueError('images are in colour, the extractor takes grey ones; convert them yourself if that is meant')
     return x[:, :1]
 
-# %% ../nbs/15_metrics.ipynb #85544b8a
+# %% ../nbs/15_metrics.ipynb #78541986
 @dataclass
 class FeatureSet:
     "What an extractor said about n images, in their order."
@@ -215,7 +215,7 @@ class FeatureSet:
         def cat(kind): parts = [getattr(o, kind) for o in sets]; return None if any(o is None for o in parts) else np.concatenate(parts)
         return cls(cat('features'), cat('spatial'), cat('logits'))
 
-# %% ../nbs/15_metrics.ipynb #6024e62b
+# %% ../nbs/15_metrics.ipynb #0ed21c4b
 @torch.no_grad()
 def extract(
     images, # anything that `image_batches` takes
@@ -232,7 +232,7 @@ def extract(
     if not kept: raise ValueError('no images were given; check the source')
     return FeatureSet(**{k: np.concatenate(v) for k, v in kept.items()})
 
-# %% ../nbs/15_metrics.ipynb #d8782d56
+# %% ../nbs/15_metrics.ipynb #f7fffe9c
 def gaussian_stats(
     features:np.ndarray, # [n,d], n >= 2
 ) -> tuple[np.ndarray, np.ndarray]: # mu [d] and sigma [d,d], float64
@@ -249,7 +249,7 @@ def gaussian_stats(
         sigma += centred.T @ centred
     return mu, sigma/(n - 1)
 
-# %% ../nbs/15_metrics.ipynb #6f7f01da
+# %% ../nbs/15_metrics.ipynb #56c2889d
 REFERENCE_KEYS = 'mu', 'sigma', 'mu_s', 'sigma_s' # names in ADM's reference files; images are 'arr_0'
 
 @dataclass
@@ -263,7 +263,7 @@ class Reference:
     images:object=None # real images to take them from, where `features` is not given
     source:str='' # where it came from, for the record
 
-# %% ../nbs/15_metrics.ipynb #fff37e47
+# %% ../nbs/15_metrics.ipynb #c4c3e741
 def feature_stats(
     images, # real images, anything that `image_batches` takes, or a FeatureSet
     extractor:str|Extractor, # whose features
@@ -285,7 +285,7 @@ def save_reference(
     np.savez_compressed(buffer, **arrays)
     return write_atomic(path, buffer.getvalue())
 
-# %% ../nbs/15_metrics.ipynb #b5fe4094
+# %% ../nbs/15_metrics.ipynb #60517290
 def load_reference(
     path, # ADM's npz, or one written by `save_reference`
 ) -> Reference: # checked: shapes fit, values finite
@@ -304,7 +304,7 @@ def load_reference(
         features = f['features'] if 'features' in f.files else None
         return Reference(mu, sigma, *spatial, features, str(path) if 'arr_0' in f.files else None, str(path))
 
-# %% ../nbs/15_metrics.ipynb #eb6cfd9d
+# %% ../nbs/15_metrics.ipynb #e5a14e28
 def inception_score(
     logits:np.ndarray, # [n,c] class scores in the order of the samples
     splits:int=10, # sequential, unshuffled parts
@@ -315,7 +315,7 @@ def inception_score(
     out = isc_features_to_metric(torch.as_tensor(np.asarray(logits, np.float64)), splits=splits, shuffle=False)
     return out[KEY_METRIC_ISC_MEAN], out[KEY_METRIC_ISC_STD]
 
-# %% ../nbs/15_metrics.ipynb #4fd299ee
+# %% ../nbs/15_metrics.ipynb #f65eec89
 def precision_recall(
     features:np.ndarray, # [n,d] of the samples
     real:np.ndarray, # [m,d] of real images
@@ -328,7 +328,7 @@ def precision_recall(
     if features.shape[1] != real.shape[1]: raise ValueError(f'samples have {features.shape[1]} features, real images {real.shape[1]}; use one extractor')
     return calculate_precision_recall_part(torch.as_tensor(features).float(), torch.as_tensor(real).float(), neighbours, 2000)
 
-# %% ../nbs/15_metrics.ipynb #5f69c9e5
+# %% ../nbs/15_metrics.ipynb #5d3afb31
 WEIGHTS = dict( # file name -> (SHA-256 or its first digits, where it is published)
     inception=('weights-inception-2015-12-05-6726825d.pth', '6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2',
                'https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth'),
@@ -341,7 +341,7 @@ def sha256_of(
     "SHA-256 of a file."
     with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
 
-# %% ../nbs/15_metrics.ipynb #1c784f36
+# %% ../nbs/15_metrics.ipynb #e8189181
 def find_weights(
     name:str, # 'inception', 'vgg16' or 'lpips'
     path=None, # the file, where it is not in torch's cache
@@ -358,7 +358,7 @@ def find_weights(
         raise ValueError(f'{found} has SHA-256 {digest[:16]}..., the published {filename} starts with {sha[:16]}: another or a damaged file; fetch {url} again')
     return found
 
-# %% ../nbs/15_metrics.ipynb #f7cf4b6a
+# %% ../nbs/15_metrics.ipynb #934657c3
 def spatial_slice(
     maps:Tensor, # [n,C,H,W] feature maps
     channels:int=7, # keep the first so many
@@ -366,7 +366,7 @@ def spatial_slice(
     "The spatial feature vector of sFID (arXiv 2103.03841): a few channels with every position."
     return maps[:, :channels].permute(0, 2, 3, 1).flatten(1)
 
-# %% ../nbs/15_metrics.ipynb #56f3e5d3
+# %% ../nbs/15_metrics.ipynb #98c4d429
 def fidelity_inception() -> type: # subclass of torch-fidelity's FeatureExtractorInceptionV3
     "torch-fidelity's Inception with one more feature, 'spatial', for sFID; registered there as 'inception-v3-spatial'."
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
@@ -394,7 +394,7 @@ def fidelity_inception() -> type: # subclass of torch-fidelity's FeatureExtracto
     register_feature_extractor(name, InceptionSpatial)
     return InceptionSpatial
 
-# %% ../nbs/15_metrics.ipynb #a41d2954
+# %% ../nbs/15_metrics.ipynb #9c215a2d
 def inception_extractor(
     weights=None, # path of the weights; None looks in torch's cache
     device='cpu', # where it runs
@@ -411,7 +411,7 @@ def inception_extractor(
 
 register_extractor('inception', inception_extractor)
 
-# %% ../nbs/15_metrics.ipynb #494de176
+# %% ../nbs/15_metrics.ipynb #02394e5f
 def register_fidelity(
     extractor:Extractor, # any extractor
 ) -> str: # the name under which torch-fidelity knows it
@@ -434,7 +434,7 @@ def register_fidelity(
     FEATURE_EXTRACTORS_REGISTRY[extractor.name] = Plugged # its register function would refuse to replace one in a notebook that is run again
     return extractor.name
 
-# %% ../nbs/15_metrics.ipynb #60d11700
+# %% ../nbs/15_metrics.ipynb #3bdd1222
 def classifier_extractor(
     classifier:nn.Module, # takes [n,C,H,W] in [-1, 1]; has `features(x)` [n,d], its last layer `fc` and, where it can, `maps(x)` [n,k,h,w]
     name:str='classifier', # shown in tables
@@ -455,7 +455,7 @@ def classifier_extractor(
         return out
     return Extractor(name, forward, channels)
 
-# %% ../nbs/15_metrics.ipynb #ea45a4c7
+# %% ../nbs/15_metrics.ipynb #6fca7904
 def class_accuracy(
     images, # anything that `image_batches` takes, or a FeatureSet
     labels, # [n] the class each image was asked to be
@@ -471,7 +471,7 @@ def class_accuracy(
     if labels.min() < 0 or labels.max() >= c: raise ValueError(f'labels span {labels.min()}..{labels.max()}, the classifier knows 0..{c-1}')
     return float((found.logits.argmax(1) == labels).mean())
 
-# %% ../nbs/15_metrics.ipynb #37170690
+# %% ../nbs/15_metrics.ipynb #b9376a71
 def _pairs(a, b, batch_size:int=64) -> Iterator[tuple[Tensor, Tensor]]:
     "Batches of both image sets side by side, as float32 in [0, 1]; `ValueError` where they do not pair up."
     one, two = image_batches(a, batch_size), image_batches(b, batch_size)
@@ -492,7 +492,7 @@ def paired_mse(
     if not found: raise ValueError('no images were given; check the sources')
     return np.concatenate(found)
 
-# %% ../nbs/15_metrics.ipynb #029b5936
+# %% ../nbs/15_metrics.ipynb #af4f8cd4
 def psnr_of(
     mse:np.ndarray, # [n] mean squared errors, pixels in [0, 1]
 ) -> float: # dB; inf when all are 0
@@ -507,7 +507,7 @@ def paired_psnr(
     "PSNR from the mean squared error over all pairs together, pixels in [0, 1]."
     return psnr_of(paired_mse(a, b))
 
-# %% ../nbs/15_metrics.ipynb #19a2d256
+# %% ../nbs/15_metrics.ipynb #0b7ce585
 def _ssim(x:Tensor, y:Tensor, window:int=11, width:float=1.5) -> Tensor:
     "SSIM of each pair of a batch, pixels in [0, 1], averaged over positions and channels."
     if min(x.shape[2:]) < window: raise ValueError(f'SSIM needs images of at least {window}x{window} pixels, got {list(x.shape[2:])}')
@@ -527,7 +527,7 @@ def paired_ssim(
     "Structural similarity of each pair (Wang et al. 2004; Gaussian window 11, width 1.5)."
     return np.concatenate([_ssim(x, y).numpy() for x, y in _pairs(a, b)])
 
-# %% ../nbs/15_metrics.ipynb #d3e8f071
+# %% ../nbs/15_metrics.ipynb #692a9823
 def lpips_distance(
     vgg16=None, # path of torchvision's VGG16 weights; None looks in torch's cache
     lpips=None, # path of torch-fidelity's LPIPS weights; None looks in torch's cache
@@ -554,7 +554,7 @@ def lpips_distance(
     net = LocalLPIPS().eval().requires_grad_(False).to(device)
     return lambda a, b: net(match_channels(a, 3).to(device), match_channels(b, 3).to(device))
 
-# %% ../nbs/15_metrics.ipynb #b5fe17fa
+# %% ../nbs/15_metrics.ipynb #2d3d7de5
 class VGGSlices(nn.Module):
     "The five maps of VGG16 that LPIPS looks at: after the last ReLU before each pooling."
     def __init__(self,
@@ -578,7 +578,7 @@ def paired_lpips(
         found = [distance((x*255).round().to(torch.uint8), (y*255).round().to(torch.uint8)).flatten().double().cpu().numpy() for x, y in _pairs(a, b, 16)]
     return np.concatenate(found)
 
-# %% ../nbs/15_metrics.ipynb #96c21aaa
+# %% ../nbs/15_metrics.ipynb #7bc6463a
 def bootstrap_ci(
     values, # [n,...] array with one row per image, or a tuple of such arrays that are resampled together
     statistic:Callable=np.mean, # rows -> number
@@ -596,7 +596,7 @@ def bootstrap_ci(
     low, high = np.quantile(draws, [(1 - level)/2, (1 + level)/2])
     return float(statistic(*arrays)), float(low), float(high)
 
-# %% ../nbs/15_metrics.ipynb #e23a9fa9
+# %% ../nbs/15_metrics.ipynb #3442ffa6
 def _judge(name:str, found:FeatureSet, reference:Reference|None, extractor:Extractor, splits:int) -> dict:
     "One metric ('fd', 'sfd', 'isc', 'prc') as named numbers; `ValueError` says what is missing."
     fd = extractor.prefix
@@ -615,7 +615,7 @@ def _judge(name:str, found:FeatureSet, reference:Reference|None, extractor:Extra
     precision, recall = precision_recall(found.features, reference.features)
     return {'precision': precision, 'recall': recall}
 
-# %% ../nbs/15_metrics.ipynb #fa83b29b
+# %% ../nbs/15_metrics.ipynb #d05df38f
 def evaluate_images(
     images, # samples: anything that `image_batches` takes, or a FeatureSet
     reference, # a Reference, the path of one, real images, or None where there is nothing to compare with
