@@ -68,11 +68,11 @@ def ruff():
 
 def notebook_tests():
     "Every notebook runs, and all of them did."
-    out = run(BIN/'nbdev_test', '--n_workers', 2, '--do_print', minutes=NOTEBOOK_MINUTES, capture=True)
-    done = set(re.findall(r'^- Completed (.+)$', out, re.M))
-    missing = [o.name for o in notebooks() if not any(d.endswith(o.name) for d in done)]
+    out = run(BIN/'nbdev_test', '--n_workers', 2, '--do_print', '--timing', minutes=NOTEBOOK_MINUTES, capture=True)
+    missing = [o.name for o in notebooks() if f'- Completed {o}' not in out]
     if missing or 'Success' not in out: raise GateError(f"nbdev_test did not run {', '.join(missing) or 'everything'}:\n{out[-4000:]}")
-    return f'{len(done)} notebooks'
+    slowest = ', '.join(re.findall(r'^\S+\.ipynb: \d+ secs', out, re.M)[:4])
+    return f'{len(notebooks())} notebooks; slowest: {slowest}'
 
 def docs():
     "The site builds, with every page and no dead link."
