@@ -10,7 +10,7 @@ __all__ = ['PUBLISHED', 'CROWD', 'COLUMNS', 'OURS', 'CONFIGS', 'KINDS', 'PLAN_SC
            'evaluate_models', 'save_run', 'load_run', 'mini_judge', 'quantized_copy', 'model_name', 'evaluate_ldm4',
            'results_table', 'meta_model', 'example_inputs', 'layer_kind', 'layer_flops', 'model_plan']
 
-# %% ../nbs/16_ldm4.ipynb #85b2bd51
+# %% ../nbs/16_ldm4.ipynb #274edf89
 import atexit
 import copy
 import hashlib
@@ -35,7 +35,7 @@ from .kaq import natural_group_size, packable
 from .metrics import (Extractor, FeatureSet, Reference, bootstrap_ci, class_accuracy, classifier_extractor, evaluate_images, extract, feature_stats,
                                 get_extractor, load_reference, paired_lpips, paired_mse, paired_ssim, psnr_of, sha256_of, to_uint8)
 
-# %% ../nbs/16_ldm4.ipynb #d559e7f8
+# %% ../nbs/16_ldm4.ipynb #f276f1b6
 PUBLISHED = [ # as printed by their authors; IS is called ISC elsewhere in this package
     dict(method='full precision', W=32, A=32, MB=1529.7, FID=11.28, sFID=7.70, ISC=364.73, source='QuEST, Table 4'),
     dict(method='Q-Diffusion', W=4, A=8, MB=237.5, FID=9.29, sFID=9.29, ISC=336.80, source='QuEST, Table 4'),
@@ -51,7 +51,7 @@ def published_rows() -> pd.DataFrame: # one row a method, `status` is 'published
     "The published results on LDM-4, ImageNet 256, guidance 3.0, DDIM 20 steps, 50,000 samples."
     return pd.DataFrame(PUBLISHED).assign(status='published')
 
-# %% ../nbs/16_ldm4.ipynb #588340c2
+# %% ../nbs/16_ldm4.ipynb #6548215d
 @dataclass(frozen=True)
 class Protocol:
     "Everything that decides which images are drawn; the defaults are the published benchmark's."
@@ -75,7 +75,7 @@ class Protocol:
         "The sample ranges of the files."
         return [(i, min(i + self.shard_size, self.samples)) for i in range(0, self.samples, self.shard_size)]
 
-# %% ../nbs/16_ldm4.ipynb #738ec132
+# %% ../nbs/16_ldm4.ipynb #3c875067
 def make_labels(
     n:int, # how many
     n_classes:int, # labels are 0..n_classes-1
@@ -92,7 +92,7 @@ def make_labels(
     if len(bad): raise ValueError(f'labels: number {bad[0]} is {labels[bad[0]]}, this model has classes 0..{n_classes-1}')
     return labels.astype(np.int64)
 
-# %% ../nbs/16_ldm4.ipynb #f14b70af
+# %% ../nbs/16_ldm4.ipynb #2fa40e41
 def sample_noise(
     unet, # its config gives channels and size
     seed:int, # of the protocol
@@ -103,7 +103,7 @@ def sample_noise(
     shape = (unet.config.in_channels, *((size, size) if isinstance(size, int) else size))
     return torch.stack([torch.randn(shape, generator=generator(seed, 'sample', int(i))) for i in indices])
 
-# %% ../nbs/16_ldm4.ipynb #059ef862
+# %% ../nbs/16_ldm4.ipynb #95eccc31
 def sample_batch(
     pipe, # a ClassConditionalLDMPipeline, or one that is called like it
     labels:np.ndarray, # [n] classes
@@ -117,7 +117,7 @@ def sample_batch(
                   eta=protocol.eta, generator=streams, output_type='pt').images
     return to_uint8(images).cpu()
 
-# %% ../nbs/16_ldm4.ipynb #32f980f2
+# %% ../nbs/16_ldm4.ipynb #ddeafaa3
 def shard_path(
     folder, # where the files are
     kind:str, # 'images', 'features-...' or 'pairs'
@@ -127,7 +127,7 @@ def shard_path(
     "The file of one shard."
     return Path(folder)/f'{kind}-{start:06d}-{stop:06d}.npz'
 
-# %% ../nbs/16_ldm4.ipynb #5307b906
+# %% ../nbs/16_ldm4.ipynb #ccded58d
 def write_npz(
     path, # where to
     **arrays, # by name
@@ -137,7 +137,7 @@ def write_npz(
     np.savez(buffer, **arrays)
     return write_atomic(path, buffer.getvalue())
 
-# %% ../nbs/16_ldm4.ipynb #6890ade9
+# %% ../nbs/16_ldm4.ipynb #564a8732
 def shard_is_whole(
     path, # of an image shard
     labels:np.ndarray, # [n] that it should have
@@ -147,7 +147,7 @@ def shard_is_whole(
         with np.load(path, allow_pickle=False) as f: return np.array_equal(f['arr_1'], labels) and len(f['arr_0']) == len(labels)
     except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile): return False
 
-# %% ../nbs/16_ldm4.ipynb #3f5c43e2
+# %% ../nbs/16_ldm4.ipynb #e865f097
 def sample_shards(
     pipe, # a pipeline
     labels:np.ndarray, # [protocol.samples] classes
@@ -173,7 +173,7 @@ def sample_shards(
             write_npz(path, arr_0=torch.cat(images).permute(0, 2, 3, 1).contiguous().numpy(), arr_1=labels[a:b])
     return [o[2] for o in mine]
 
-# %% ../nbs/16_ldm4.ipynb #d694df35
+# %% ../nbs/16_ldm4.ipynb #23f927b2
 def fingerprint(
     model:nn.Module, # any module
 ) -> str: # 16 hexadecimal digits
@@ -184,7 +184,7 @@ def fingerprint(
         h.update(t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data if t.numel() else b'')
     return h.hexdigest()[:16]
 
-# %% ../nbs/16_ldm4.ipynb #f2430f21
+# %% ../nbs/16_ldm4.ipynb #104bceea
 def claim_folder(
     folder, # of one model's samples
     record:dict, # what belongs to it, json-able
@@ -199,7 +199,7 @@ def claim_folder(
                 raise ValueError(f'{folder} holds samples with {key}={there.get(key)!r}, this run has {record.get(key)!r}; use another folder or the old setting')
     else: write_atomic(path, (json.dumps(record, indent=1) + '\n').encode())
 
-# %% ../nbs/16_ldm4.ipynb #59bb0677
+# %% ../nbs/16_ldm4.ipynb #97a7d0cd
 def ranks():
     "accelerate's view of the processes: `.process_index`, `.num_processes`, `.device`, `.wait_for_everyone()`."
     from accelerate import PartialState
@@ -208,7 +208,7 @@ def ranks():
     if state.num_processes > 1: atexit.register(state.destroy_process_group) # without it a process may abort while its peers leave
     return state
 
-# %% ../nbs/16_ldm4.ipynb #2d69c5ac
+# %% ../nbs/16_ldm4.ipynb #c47f04c9
 def share(
     make:Callable, # makes a picklable object
     state, # from `ranks`
@@ -225,7 +225,7 @@ def share(
     if isinstance(box[0], RuntimeError): raise box[0]
     return box[0]
 
-# %% ../nbs/16_ldm4.ipynb #fbbf004d
+# %% ../nbs/16_ldm4.ipynb #88634b27
 def feature_shards(
     folder, # of one model's image shards
     extractor:Extractor, # whose features
@@ -239,7 +239,7 @@ def feature_shards(
         path = shard_path(folder, f'features-{extractor.name}', a, b)
         if not path.exists(): extract(shard_path(folder, 'images', a, b), extractor, protocol.batch_size).save(path)
 
-# %% ../nbs/16_ldm4.ipynb #d4ebc813
+# %% ../nbs/16_ldm4.ipynb #6037ed47
 def join_features(
     folder, # of one model's image shards
     name:str, # of the extractor
@@ -248,7 +248,7 @@ def join_features(
     "The features of all shards, whoever extracted them."
     return FeatureSet.join(FeatureSet.load(shard_path(folder, f'features-{name}', a, b)) for a, b in protocol.shards)
 
-# %% ../nbs/16_ldm4.ipynb #02e541fb
+# %% ../nbs/16_ldm4.ipynb #96882ff5
 def pair_shards(
     folder, # image shards of one model
     baseline, # image shards of full precision
@@ -266,7 +266,7 @@ def pair_shards(
         if lpips is not None: out['lpips'] = paired_lpips(one, two, lpips)
         write_npz(path, **out)
 
-# %% ../nbs/16_ldm4.ipynb #aa937d28
+# %% ../nbs/16_ldm4.ipynb #4a5e922c
 def join_pairs(
     folder, # image shards of one model
     protocol:Protocol, # how the files are cut
@@ -278,7 +278,7 @@ def join_pairs(
         with np.load(shard_path(folder, 'pairs-lpips' if lpips else 'pairs', a, b), allow_pickle=False) as f: parts.append({k: f[k] for k in f.files})
     return {k: np.concatenate([o[k] for o in parts]) for k in parts[0]}
 
-# %% ../nbs/16_ldm4.ipynb #7d9d1262
+# %% ../nbs/16_ldm4.ipynb #3c4420fd
 @dataclass
 class Judge:
     "What samples are measured with; a missing part costs the metrics that need it, and says so."
@@ -288,7 +288,7 @@ class Judge:
     lpips:Callable|None=None # from `metrics.lpips_distance`
     missing:dict=None # part -> why it is not there
 
-# %% ../nbs/16_ldm4.ipynb #49970a9b
+# %% ../nbs/16_ldm4.ipynb #6df5b80c
 def try_part(
     missing:dict, # gets the reason
     part:str, # name of the part
@@ -298,7 +298,7 @@ def try_part(
     try: return make()
     except (FileNotFoundError, ValueError) as e: missing[part] = str(e)
 
-# %% ../nbs/16_ldm4.ipynb #7bfb5b08
+# %% ../nbs/16_ldm4.ipynb #24aaed64
 def make_judge(
     extractor='inception', # a registered name or an Extractor
     reference=None, # path of an npz, a Reference, or None
@@ -314,7 +314,7 @@ def make_judge(
                  try_part(missing, 'reference', lambda: load_reference(reference)) if isinstance(reference, (str, Path)) else reference,
                  classifier, try_part(missing, 'lpips', lpips) if lpips is not None else None, missing)
 
-# %% ../nbs/16_ldm4.ipynb #c71e79f0
+# %% ../nbs/16_ldm4.ipynb #8bdc3902
 CROWD = 'FID', 'sFID', 'ISC', 'precision', 'recall' # what needs an extractor
 COLUMNS = ('images', 'FID', 'sFID', 'FD', 'sFD', 'ISC', 'ISC std', 'precision', 'recall', 'accuracy', 'PSNR', 'PSNR low', 'PSNR high', 'SSIM', 'LPIPS')
 
@@ -335,7 +335,7 @@ def measure_model(
     state.wait_for_everyone()
     return share(lambda: _sum_up(folder, labels, protocol, judge, paired), state)
 
-# %% ../nbs/16_ldm4.ipynb #1cdf2dd4
+# %% ../nbs/16_ldm4.ipynb #4ab058a7
 def _sum_up(folder, labels, protocol:Protocol, judge:Judge, paired:bool) -> pd.Series:
     "The metrics of all shards of one model."
     why, row = {}, pd.Series({'images': float(protocol.samples)})
@@ -355,7 +355,7 @@ def _sum_up(folder, labels, protocol:Protocol, judge:Judge, paired:bool) -> pd.S
     row.attrs['not_computed'] = why
     return row
 
-# %% ../nbs/16_ldm4.ipynb #098f4c96
+# %% ../nbs/16_ldm4.ipynb #6f285da6
 def run_record(
     protocol:Protocol, # of the run
     world:int, # number of processes
@@ -372,7 +372,7 @@ def folder_name(
     "A model's name as a folder name."
     return ''.join(c if c.isalnum() or c in '.-' else '_' for c in name)
 
-# %% ../nbs/16_ldm4.ipynb #b6f06739
+# %% ../nbs/16_ldm4.ipynb #3c8a9a64
 def evaluate_models(
     pipe, # a ClassConditionalLDMPipeline in full precision
     models:dict, # name -> function of the pipeline that returns a U-Net, or None for the pipeline's own; the first is the baseline
@@ -408,7 +408,7 @@ def evaluate_models(
     if state.is_main_process: save_run(out_dir/'run.json', table, run_record(protocol, state.num_processes, note=note, models=extra))
     return table
 
-# %% ../nbs/16_ldm4.ipynb #cef160a8
+# %% ../nbs/16_ldm4.ipynb #ef5668ca
 def save_run(
     path, # of the json file
     table:pd.DataFrame, # from `evaluate_models`
@@ -428,7 +428,7 @@ def load_run(
     table.attrs['not_computed'] = record['not_computed']
     return table, record
 
-# %% ../nbs/16_ldm4.ipynb #5823adf4
+# %% ../nbs/16_ldm4.ipynb #d8b19f47
 def mini_judge(
     n_real:int=5000, # real test images behind the reference
     device='cpu', # where the classifier runs
@@ -439,7 +439,7 @@ def mini_judge(
     reference = feature_stats(mini_reference()[0][:n_real], extractor, 500, source=f'{n_real} Fashion-MNIST test images')
     return Judge(extractor, reference, classifier=True, missing={})
 
-# %% ../nbs/16_ldm4.ipynb #4c4fdbdf
+# %% ../nbs/16_ldm4.ipynb #1ace8a9f
 def quantized_copy(
     bits:float, # average stored bits a weight
     act_bits:int|None=None, # 8, or None for full-precision activations
@@ -461,7 +461,7 @@ def model_name(
     "How a setting is called in tables."
     return f'W{bits:g}A{act_bits or 32}'
 
-# %% ../nbs/16_ldm4.ipynb #11a03311
+# %% ../nbs/16_ldm4.ipynb #a8809509
 def evaluate_ldm4(
     ckpt, # the cin256-v2 checkpoint, or a converted folder
     out_dir, # samples, quantized layers, features and run.json
@@ -490,7 +490,7 @@ def evaluate_ldm4(
     note = f'{Path(ckpt).name} sha256 {sha256_of(ckpt)}' if Path(ckpt).is_file() else str(Path(ckpt).name)
     return evaluate_models(load(ckpt), models, out_dir, protocol, judge, note=note, verbose=verbose)
 
-# %% ../nbs/16_ldm4.ipynb #820b3630
+# %% ../nbs/16_ldm4.ipynb #bbdb26be
 OURS = 'full precision', 'W4A8', 'W2A8', 'W1.5A8' # the rows that we owe
 
 def results_table(
@@ -506,7 +506,7 @@ def results_table(
         rows.append(row)
     return pd.concat([published_rows(), pd.DataFrame(rows)], ignore_index=True)
 
-# %% ../nbs/16_ldm4.ipynb #ecb42611
+# %% ../nbs/16_ldm4.ipynb #71335d74
 CONFIGS = { # class of diffusers, its arguments, text or class tokens, and the public number of parameters
     'LDM-4': dict(cls='UNet2DConditionModel', tokens=1, parameters=400_920_579, config=dict(
         sample_size=64, in_channels=3, out_channels=3, down_block_types=('DownBlock2D',) + ('CrossAttnDownBlock2D',)*3,
@@ -525,7 +525,7 @@ CONFIGS = { # class of diffusers, its arguments, text or class tokens, and the p
         sample_size=32, in_channels=4, out_channels=8, num_layers=28, num_attention_heads=16, attention_head_dim=72, patch_size=2,
         num_embeds_ada_norm=1000, norm_type='ada_norm_zero', norm_elementwise_affine=False, activation_fn='gelu-approximate', attention_bias=True))}
 
-# %% ../nbs/16_ldm4.ipynb #0d6d80cc
+# %% ../nbs/16_ldm4.ipynb #d0a1b871
 def meta_model(
     name:str, # one of CONFIGS
 ) -> nn.Module: # on the meta device: shapes, no memory
@@ -534,7 +534,7 @@ def meta_model(
     import diffusers
     with torch.device('meta'): return getattr(diffusers, CONFIGS[name]['cls'])(**CONFIGS[name]['config']).eval()
 
-# %% ../nbs/16_ldm4.ipynb #12b4b6ec
+# %% ../nbs/16_ldm4.ipynb #c335a6af
 def example_inputs(
     model:nn.Module, # a diffusers U-Net or DiT
     tokens:int=77, # length of the text
@@ -552,7 +552,7 @@ def example_inputs(
         out['added_cond_kwargs'] = dict(text_embeds=torch.zeros(1, pooled, device=device), time_ids=torch.zeros(1, 6, device=device))
     return out
 
-# %% ../nbs/16_ldm4.ipynb #56fb5b58
+# %% ../nbs/16_ldm4.ipynb #cec850d3
 KINDS = ( # part of the name -> kind; the first match counts
     ('time_emb_proj', 'time projection'), ('norm1.linear', 'adaLN'), ('norm1.emb', 'embedders'), ('time_embedding', 'embedders'), ('add_embedding', 'embedders'),
     ('conv_shortcut', 'skip 1x1'), ('resnets', 'res conv 3x3'), ('samplers', 'resampler'), ('attn1', 'self-attention'), ('attn2', 'cross-attention'),
@@ -564,7 +564,7 @@ def layer_kind(
     "The role of a layer, by its name."
     return next((kind for part, kind in KINDS if part in name), 'in/out')
 
-# %% ../nbs/16_ldm4.ipynb #4608a3ea
+# %% ../nbs/16_ldm4.ipynb #697be727
 @torch.no_grad()
 def layer_flops(
     model:nn.Module, # a diffusers model, on any device
@@ -582,7 +582,7 @@ def layer_flops(
         for h in hooks: h.remove()
     return {name: work.get(name, 0) for name in layers}
 
-# %% ../nbs/16_ldm4.ipynb #402dcdec
+# %% ../nbs/16_ldm4.ipynb #528becc8
 PLAN_SCHEMES = { # setting -> (scheme for 3x3 kernels, scheme for everything else); int8 codebooks
     'W4': (Scheme(4, 9, 9), Scheme(4, 8, 8)), 'W2': (Scheme(2, 9, 9), Scheme(2, 8, 8)), 'W1.5': (Scheme(2, 7, 9), Scheme(2, 6, 8))}
 

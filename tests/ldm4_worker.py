@@ -1,4 +1,5 @@
-"""One process of a tiny evaluation, started by test_ldm4_eval.py: ldm4_worker.py OUT.  DIE='rank:n' makes that rank kill itself before its n-th write."""
+"""One process of a tiny evaluation, started by test_ldm4_eval.py: ldm4_worker.py OUT.  DIE='rank:n' makes that rank kill itself before its n-th write;
+MODEL=shipped takes the shipped model."""
 import copy
 import os
 import signal
@@ -8,7 +9,7 @@ import torch
 
 import aquatic_nb.ldm4 as ldm4
 from aquatic_nb.metrics import Extractor, feature_stats
-from aquatic_nb.zoo import ClassConditionalLDMPipeline, ClassEmbedding, ldm_scheduler
+from aquatic_nb.zoo import ClassConditionalLDMPipeline, ClassEmbedding, ldm_scheduler, load_mini_ldm
 
 PROTOCOL = ldm4.Protocol(samples=20, steps=3, guidance_scale=2., eta=.5, shard_size=3, batch_size=2)
 
@@ -51,7 +52,9 @@ def main(out):
             return write(*args, **kwargs)
         ldm4.write_npz = deadly
     torch.set_num_threads(1)
-    return ldm4.evaluate_models(tiny_pipe(), {'full precision': None, 'coarse': coarse}, out, PROTOCOL, tiny_judge(), verbose=False)
+    shipped = os.environ.get('MODEL') == 'shipped'
+    pipe, judge = (load_mini_ldm(), ldm4.mini_judge(200)) if shipped else (tiny_pipe(), tiny_judge())
+    return ldm4.evaluate_models(pipe, {'full precision': None, 'coarse': coarse}, out, PROTOCOL, judge, verbose=False)
 
 
 if __name__ == '__main__': main(sys.argv[1])

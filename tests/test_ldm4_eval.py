@@ -66,6 +66,16 @@ def test_kills_at_every_stage(alone, tmp_path):
     pd.testing.assert_frame_equal(ldm4.load_run(tmp_path/'run.json')[0], table, check_exact=True, check_names=False)
 
 
+@pytest.mark.slow
+def test_the_shipped_model_in_two_processes_one_killed(tmp_path, monkeypatch):
+    monkeypatch.setenv('MODEL', 'shipped')
+    table = worker.main(tmp_path/'alone')
+    assert launch(tmp_path/'two', die='0:2').returncode != 0
+    assert launch(tmp_path/'two').returncode == 0
+    assert contents(tmp_path/'two') == contents(tmp_path/'alone')
+    pd.testing.assert_frame_equal(ldm4.load_run(tmp_path/'two'/'run.json')[0], table, check_exact=True, check_names=False)
+
+
 def test_the_run_file_tells_how_it_was_made(alone):
     out, table = alone
     again, record = ldm4.load_run(out/'run.json')
