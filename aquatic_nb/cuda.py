@@ -10,7 +10,7 @@ __all__ = ['CHIPS', 'PRIMITIVES', 'ARGUMENTS', 'BUFFERS', 'NUMBERS', 'CODES', 'W
            'fill', 'plan', 'expected', 'read_table', 'choose', 'launches', 'tidy', 'buffers', 'decode_into', 'run_on',
            'why_not_device', 'supports_cuda', 'why_not_call', 'run_safely', 'cuda_seconds', 'measure_choices']
 
-# %% ../nbs/13_cuda.ipynb #ef0a7505
+# %% ../nbs/13_cuda.ipynb #93564432
 import csv
 import ctypes
 import glob
@@ -32,7 +32,7 @@ from .core import generator
 from .aq import Scheme, stored_bytes
 from .layers import AQLinear, register_kernel, uniform_codebook
 
-# %% ../nbs/13_cuda.ipynb #12507794
+# %% ../nbs/13_cuda.ipynb #caf2b335
 @lru_cache(maxsize=None)
 def gather_cycles(
     words:int,      # 32-bit words of one codeword
@@ -53,7 +53,7 @@ def gather_cycles(
         total += hits.amax(1).mean().item()*32/lanes
     return total
 
-# %% ../nbs/13_cuda.ipynb #00b5f7b9
+# %% ../nbs/13_cuda.ipynb #e2a8d85f
 @dataclass(frozen=True)
 class Chip:
     "What a GPU promises on its data sheet: the ceilings of every computed time here."
@@ -77,7 +77,7 @@ def chip_of(
     found = [c for c in CHIPS if c.name in name]
     return found[0] if found else Chip(name, sms, 1.5e9, sms*1e10, sms*1.5e9*1024, shared)
 
-# %% ../nbs/13_cuda.ipynb #38901e10
+# %% ../nbs/13_cuda.ipynb #11f08028
 PRIMITIVES = r'''
 typedef unsigned int u32; typedef unsigned short u16; typedef unsigned char u8; typedef unsigned long long u64;
 #define KERNEL extern "C" __global__ void __launch_bounds__(128)
@@ -105,7 +105,7 @@ template<int BF16> DEVICE void mma(float* c, const u32* a, u32 b0, u32 b1) {   /
 }
 '''
 
-# %% ../nbs/13_cuda.ipynb #4f078553
+# %% ../nbs/13_cuda.ipynb #a29a6613
 ARGUMENTS = r'''
 struct Args {
   const u8 *codes, *bits, *books;             // byte plane, bit plane, codebooks [M, K, D]
@@ -123,7 +123,7 @@ class Args(ctypes.Structure):
     "The kernels' argument, field by field as in the CUDA source."
     _fields_ = [(n, ctypes.c_void_p) for n in BUFFERS] + [(n, ctypes.c_int) for n in NUMBERS]
 
-# %% ../nbs/13_cuda.ipynb #60301a29
+# %% ../nbs/13_cuda.ipynb #77101757
 CODES = r'''
 constexpr int K = 1 << BITS, EW = BOOKS16 ? (D + 1)/2 : (D + 3)/4;   // codewords; 32-bit words of one codeword
 template<bool LONG> struct Bits { typedef u32 type; };
@@ -164,7 +164,7 @@ DEVICE void load_books(const Args& a, u32* books) {                   // codeboo
 }
 '''
 
-# %% ../nbs/13_cuda.ipynb #d05825ee
+# %% ../nbs/13_cuda.ipynb #2dde01ff
 WEIGHTS = r'''
 template<int W> struct Vector { typedef u32 type; };
 template<> struct Vector<2> { typedef uint2 type; };
@@ -205,7 +205,7 @@ DEVICE u32 pair_of(const u32* v, const u32* w, int r) {               // weight 
 }
 '''
 
-# %% ../nbs/13_cuda.ipynb #e5b05e3a
+# %% ../nbs/13_cuda.ipynb #2f092dc1
 OUTPUT = r'''
 DEVICE float from_x(u16 v) { return BF16 ? from_bf16(v) : from_half(v); }
 DEVICE u16 to_x(float v) { return BF16 ? to_bf16(v) : to_half(v); }
@@ -231,7 +231,7 @@ KERNEL aq_reduce(Args a) {                                            // adds th
 }
 '''
 
-# %% ../nbs/13_cuda.ipynb #86859e65
+# %% ../nbs/13_cuda.ipynb #83fef1d4
 DECODE = r'''
 DEVICE void decode_values(const Args& a, const u32* books, Word codes, float* f) {
   if (!SHARED_BOOKS) {                                                // codebooks too large: read them where they are
@@ -276,7 +276,7 @@ KERNEL aq_decode(Args a) {                                            // y: dens
 }
 '''
 
-# %% ../nbs/13_cuda.ipynb #fab845b6
+# %% ../nbs/13_cuda.ipynb #95af1341
 FEW = r'''
 KERNEL aq_few(Args a) {                                               // up to 8 tokens, 16 rows a block
   u32* books = (u32*)shared_memory;
@@ -308,7 +308,7 @@ KERNEL aq_few(Args a) {                                               // up to 8
 }
 '''
 
-# %% ../nbs/13_cuda.ipynb #46c17030
+# %% ../nbs/13_cuda.ipynb #25a78a0f
 GEMM = r'''
 DEVICE int swap(int n) { return (n & 1) << 2 | (n >> 1 & 3); }         // a slot's place differs from row to row
 DEVICE uint4 eight(const Args& a, int n, int k) {                      // x[token n, channels k..k+7]
@@ -337,7 +337,7 @@ DEVICE void fetch_codes(const Args& a, int o0, int j0, Word (*codes)[2]) {
 }
 '''
 
-# %% ../nbs/13_cuda.ipynb #a06a0699
+# %% ../nbs/13_cuda.ipynb #6246cdd8
 GEMM_MAIN = r'''
 KERNEL aq_gemm(Args a) {                                               // block: 64 MT rows, 8 NT tokens; warp: 16 MT rows
   uint4* tile = shared_memory; u32* books = (u32*)(tile + 2*64*NT);
@@ -370,7 +370,7 @@ KERNEL aq_gemm(Args a) {                                               // block:
 }
 '''
 
-# %% ../nbs/13_cuda.ipynb #46fa27c2
+# %% ../nbs/13_cuda.ipynb #82a0e8d7
 CONV = r'''
 constexpr int IW = 7*STRIDE + 3, IH = (NT - 1)*STRIDE + 3, PIX = IH*IW;  // input pixels under 8 x NT output pixels
 constexpr int UNITS = 2*PIX, SHARE = (UNITS + 127)/128;                  // 16-byte pieces: 8 channels of one pixel
@@ -399,7 +399,7 @@ DEVICE void kernel_codes(const Args& a, int o0, int j0, Word (*codes)[2][4]) {
 }
 '''
 
-# %% ../nbs/13_cuda.ipynb #92646647
+# %% ../nbs/13_cuda.ipynb #759ee3dc
 CONV_MAIN = r'''
 KERNEL aq_conv(Args a) {                                                 // block: 64 MT rows, 8 x NT output pixels
   uint4* tile = shared_memory; u32* books = (u32*)(tile + 2*UNITS);
@@ -437,7 +437,7 @@ KERNEL aq_conv(Args a) {                                                 // bloc
 }
 '''
 
-# %% ../nbs/13_cuda.ipynb #dcee64b1
+# %% ../nbs/13_cuda.ipynb #dec7d946
 PARTS = {'aq_decode': DECODE, 'aq_few': FEW, 'aq_gemm': GEMM + GEMM_MAIN, 'aq_conv': CONV + CONV_MAIN, 'aq_reduce': REDUCE}
 
 @dataclass(frozen=True)
@@ -473,7 +473,7 @@ class Program:
         else: extra = {'aq_decode': 128*self.D*2, 'aq_few': 2048, 'aq_gemm': 2*64*self.NT*16, 'aq_reduce': 0}[self.kernel]
         return extra + (0 if self.kernel == 'aq_reduce' else self.books_bytes)
 
-# %% ../nbs/13_cuda.ipynb #3b33871f
+# %% ../nbs/13_cuda.ipynb #7ea904f3
 def find_nvrtc(
     places=None,     # folders to search; None: sys.path's nvidia packages, torch, CUDA_HOME, the system
 )->ctypes.CDLL:      # the library; RuntimeError says where it was looked for
@@ -494,7 +494,7 @@ def compile_cubin(
 )->tuple:            # (machine code, the compiler's log with registers and spills)
     "Compile CUDA source with NVRTC; RuntimeError holds the first lines of its log."
     rtc, program, size = library or find_nvrtc(), ctypes.c_void_p(), ctypes.c_size_t()
-    options = [f'--gpu-architecture=sm_{arch}'.encode(), b'--std=c++17', b'--ptxas-options=-v', b'-diag-suppress=177']
+    options = [f'--gpu-architecture=sm_{arch}'.encode(), b'--std=c++17', b'--ptxas-options=-v']
     if rtc.nvrtcCreateProgram(ctypes.byref(program), text.encode(), b'aquatic.cu', 0, None, None):
         raise RuntimeError('NVRTC could not create a program')
     try:
@@ -508,7 +508,7 @@ def compile_cubin(
         return code.raw, log
     finally: rtc.nvrtcDestroyProgram(ctypes.byref(program))
 
-# %% ../nbs/13_cuda.ipynb #e1d72d3f
+# %% ../nbs/13_cuda.ipynb #c9a4378b
 FIBERS = r'''
 #include <cmath>
 #include <csignal>
@@ -566,7 +566,7 @@ static int run_block(int order) {                           // 0: finished, 1: s
 }
 '''
 
-# %% ../nbs/13_cuda.ipynb #532183b7
+# %% ../nbs/13_cuda.ipynb #369fe452
 ARITHMETIC = r'''
 DEVICE float as_float(u32 bits) { float f; memcpy(&f, &bits, 4); return f; }
 DEVICE u32 float_bits(float f) { u32 u; memcpy(&u, &f, 4); return u; }
@@ -612,7 +612,7 @@ static void* guarded(size_t size, bool front) {             // memory that ends 
 }
 '''
 
-# %% ../nbs/13_cuda.ipynb #46960cfa
+# %% ../nbs/13_cuda.ipynb #c2628c63
 LAUNCH = r'''
 static Args the_args;
 static void enter() { ENTRY(the_args); }
@@ -634,7 +634,7 @@ extern "C" int launch(Args a, const u64* sizes, int gx, int gy, int gz, int shar
 }
 '''
 
-# %% ../nbs/13_cuda.ipynb #b143a071
+# %% ../nbs/13_cuda.ipynb #65885a30
 @lru_cache(maxsize=64)
 def emulated(
     program:Program, # what to run
@@ -664,7 +664,7 @@ class Emulator:
         stuck = self.ready(launch).launch(a, sizes, *launch.grid, launch.program.shared_bytes(), self.order)
         if stuck: raise RuntimeError(f'{launch.program.kernel}: some threads wait at a barrier that others never reach')
 
-# %% ../nbs/13_cuda.ipynb #f27e2f2f
+# %% ../nbs/13_cuda.ipynb #8f218efe
 def arguments(
     tensors:dict, # name of a buffer -> Tensor or None
     numbers:dict, # name of a number -> int
@@ -699,7 +699,7 @@ def primary_context(
     _must(driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device), 'cuDevicePrimaryCtxRetain')
     _must(driver.cuCtxSetCurrent(context), 'cuCtxSetCurrent')
 
-# %% ../nbs/13_cuda.ipynb #483100ae
+# %% ../nbs/13_cuda.ipynb #00f17e7f
 class Gpu:
     "Compiles, loads and launches on one CUDA device."
     def __init__(self, index:int): # number of the device
@@ -736,7 +736,7 @@ def gpu(index:int)->Gpu:
     "The one `Gpu` of a device."
     return Gpu(index)
 
-# %% ../nbs/13_cuda.ipynb #a1245d01
+# %% ../nbs/13_cuda.ipynb #195beb57
 @dataclass(frozen=True)
 class Job:
     "The sizes of one call of one layer."
@@ -772,7 +772,7 @@ def job_of(
     kind = 'conv3x3' if (kh, kw) == (3, 3) else 'conv1x1' if (kh, kw, sh, pad[0]) == (1, 1, 1, 0) else 'other'
     return Job(kind, shape[0], J, N, len(x)*OH*OW, last, H, W, OH, OW, sh, pad[0])
 
-# %% ../nbs/13_cuda.ipynb #b8731af7
+# %% ../nbs/13_cuda.ipynb #91d8b09b
 def why_not_fused(
     scheme:Scheme, # how the layer is stored
     job:Job,       # the call
@@ -805,7 +805,7 @@ def program_for(
     if how == 'conv': c.update(NT=4 if job.OH <= 4 else 8, STRIDE=job.stride)
     return Program(f'aq_{how}', **{**c, **more})
 
-# %% ../nbs/13_cuda.ipynb #4366f976
+# %% ../nbs/13_cuda.ipynb #6ef5a2cb
 @dataclass(frozen=True)
 class Launch:
     "A program and the grid it runs on."
@@ -836,7 +836,7 @@ def plan(
     splits = fill(x*y, steps, least, chip.sms)
     return Launch(p, (x, y, splits), splits)
 
-# %% ../nbs/13_cuda.ipynb #6b0aa092
+# %% ../nbs/13_cuda.ipynb #1460026a
 def expected(
     how:str,       # 'few', 'gemm', 'conv' or 'scratch'
     scheme:Scheme, # how the layer is stored
@@ -856,7 +856,7 @@ def expected(
     work = 2.*job.O*job.N*tiles*tokens/(.4*chip.matrix)
     return 2e-6 + max(gather*tiles + work, (packed + maps)/chip.bandwidth)
 
-# %% ../nbs/13_cuda.ipynb #fbd88119
+# %% ../nbs/13_cuda.ipynb #08c7a95d
 @lru_cache(maxsize=8)
 def read_table(
     path:str, # CSV with columns chip, kind, O, N, tokens, how
@@ -883,7 +883,7 @@ def choose(
     how = (table or {}).get((chip.name, job.kind, job.O, job.N, job.T))
     return how if how in fused + ['scratch'] else min(fused + ['scratch'], key=lambda h: expected(h, scheme, job, chip))
 
-# %% ../nbs/13_cuda.ipynb #412a2ec4
+# %% ../nbs/13_cuda.ipynb #3189d077
 @lru_cache(maxsize=4096)
 def launches(
     scheme:Scheme,   # how the layer is stored
@@ -901,7 +901,7 @@ def launches(
     add = Launch(replace(first.program, kernel='aq_reduce'), (max(1, min(-(-job.O*job.T//128), 4*chip.sms)), 1, 1))
     return how, (first,) if first.splits == 1 else (first, add)
 
-# %% ../nbs/13_cuda.ipynb #35030bc7
+# %% ../nbs/13_cuda.ipynb #c53aa37f
 def tidy(
     x:Tensor, # the input of a layer
 )->Tensor:    # the same values, contiguous (or channels-last), starting at a multiple of 16 bytes
@@ -928,7 +928,7 @@ def decode_into(
     if not launch.program.LAST: return flat.view(shape)
     return flat.view(shape[0], 3, 3, shape[1]).permute(0, 3, 1, 2)
 
-# %% ../nbs/13_cuda.ipynb #1fb3fff2
+# %% ../nbs/13_cuda.ipynb #517ae0a5
 def run_on(
     backend,   # Gpu or Emulator
     layer,     # packed layer
@@ -948,7 +948,7 @@ def run_on(
     for launch in todo: backend.launch(launch, buffers(layer, x, y, partial), numbers)
     return y
 
-# %% ../nbs/13_cuda.ipynb #ae9652b2
+# %% ../nbs/13_cuda.ipynb #166c4a18
 def why_not_device(
     device:str,        # 'cuda', 'cpu', ...
     dtype,             # of the input
@@ -988,7 +988,7 @@ def why_not_call(layer, x):
         t = getattr(layer, name)
         if t is not None and (t.data_ptr() % 4 or not t.is_contiguous()): return f'{name} is not contiguous or does not start at a multiple of 4 bytes'
 
-# %% ../nbs/13_cuda.ipynb #574c4200
+# %% ../nbs/13_cuda.ipynb #7c98a4db
 def run_safely(
     backend,  # Gpu or Emulator
     layer,    # packed layer
@@ -1016,7 +1016,7 @@ register_kernel('cuda', supports_cuda, lambda layer, x: run_safely(gpu(x.device.
 register_kernel('cuda_fused', lambda layer, x: supports_cuda(layer, x, True), _fused, -1)
 register_kernel('cuda_scratch', supports_cuda, lambda layer, x: run_safely(gpu(x.device.index), layer, x, 'scratch'), -2)
 
-# %% ../nbs/13_cuda.ipynb #0d28ca15
+# %% ../nbs/13_cuda.ipynb #aa3a4951
 def cuda_seconds(
     calls,      # functions without arguments, same work on different inputs
     repeats=7,  # measurements; the median is taken
