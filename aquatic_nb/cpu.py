@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['WINO', 'Emit', 'simd', 'cpu_features', 'use_simd', 'portable', 'run_threads', 'scratch', 'unpack_range', 'Packed',
-           'check_call', 'aligned', 'decode_dense', 'gemm12x2', 'gemm12x1', 'wino_books', 'conv3x3_f4', 'conv3x3_f2',
-           'conv3x3_portable', 'i8_table', 'check_int8', 'halves', 'conv3x3_i8', 'conv1x1_i8', 'linear_i8',
-           'linear_gemm', 'conv1x1_gemm', 'linear_few', 'int8_weight', 'conv_i8_portable', 'lut_product', 'packed_of',
-           'why_not_cpu', 'conv_kind', 'tokens', 'rule', 'choice', 'tune_key', 'announce']
+           'check_call', 'aligned', 'decode_dense', 'gemm12x2', 'gemm12x1', 'gemm12x2_lanes', 'gemm12x2_rows',
+           'wino_books', 'conv3x3_f4', 'conv3x3_f2', 'conv3x3_portable', 'i8_table', 'check_int8', 'halves',
+           'conv3x3_i8', 'conv1x1_i8', 'linear_i8', 'linear_gemm', 'conv1x1_gemm', 'linear_few', 'int8_weight',
+           'conv_i8_portable', 'lut_product', 'packed_of', 'why_not_cpu', 'conv_kind', 'tokens', 'rule', 'choice',
+           'tune_key', 'announce', 'layer_flops', 'count_flops', 'explain_kernels', 'tune_path', 'autotune',
+           'use_tuned', 'set_weight_cache']
 
-# %% ../nbs/12_cpu.ipynb #72bf5e68
+# %% ../nbs/12_cpu.ipynb #2176b938
 import contextlib
 import functools
 import inspect
@@ -40,7 +42,7 @@ from .aq import AQTensor
 from .core import write_atomic
 from .layers import AQLinear, packed_layers, pick_kernel, register_kernel, uniform_codebook
 
-# %% ../nbs/12_cpu.ipynb #8d38f849
+# %% ../nbs/12_cpu.ipynb #a3c28383
 _F32, _I8, _I32, _I64 = ir.FloatType(), ir.IntType(8), ir.IntType(32), ir.IntType(64)
 
 class Emit:
@@ -79,7 +81,7 @@ class Emit:
         self.b.position_at_end(after)
         return new
 
-# %% ../nbs/12_cpu.ipynb #8ea1354f
+# %% ../nbs/12_cpu.ipynb #20feeb3f
 def _lower(context, builder, kind, value):
     "Arrays become pointers, tuples lists, integers 64 bits wide."
     if isinstance(kind, types.Array): return cgutils.create_struct_proxy(kind)(context, builder, value).data
@@ -102,7 +104,7 @@ def simd(
     call.__name__ = emit.__name__
     return intrinsic(call)
 
-# %% ../nbs/12_cpu.ipynb #38e3d06f
+# %% ../nbs/12_cpu.ipynb #cdc28722
 def cpu_features()->set: # names as LLVM knows them
     "Instruction sets that numba compiles for on this machine."
     if numba.config.CPU_NAME == 'generic': return set()
@@ -127,7 +129,7 @@ def portable():
     try: yield
     finally: _forced.portable = before
 
-# %% ../nbs/12_cpu.ipynb #8fab6935
+# %% ../nbs/12_cpu.ipynb #5225011b
 _jit = njit(cache=True, nogil=True, error_model='numpy')
 _pools, _lock = {}, threading.Lock()
 
@@ -167,7 +169,7 @@ def scratch(
     start = -old.ctypes.data % 64
     return old[start:start + need].view(dtype).reshape(shape)
 
-# %% ../nbs/12_cpu.ipynb #4b9a6ebe
+# %% ../nbs/12_cpu.ipynb #1550e7b5
 @simd
 def _unpack8(e, low, high, rest, use_low, first, byte, blocks, out):
     "Blocks of eight codes: `rest` bits of each out of one 64-bit word, joined with the byte plane."
@@ -196,7 +198,8 @@ def unpack_range(
 ):
     "A run of packed codes as int16."
     if bits == 8:
-        for i in range(count): out[i] = low[first + i]
+        src, dst = low[first:first + count], out[:count]   # slices: no negative indices, so the loop vectorizes
+        for i in range(count): dst[i] = src[i]
         return
     rest = bits - 8 if bits > 8 else bits
     mask, size, done = (1 << rest) - 1, len(high), 0
@@ -212,7 +215,7 @@ def unpack_range(
         part = (word >> (p & 7)) & mask
         out[i] = part if bits < 8 else np.int64(low[first + i]) | (part << 8)
 
-# %% ../nbs/12_cpu.ipynb #737e3173
+# %% ../nbs/12_cpu.ipynb #55229a74
 class Packed:
     "What the kernels need of one packed layer: codes as stored, tables made from the codebooks, scales, bias."
     def __init__(self,
@@ -278,7 +281,7 @@ def aligned(a):
     out[...] = a
     return out
 
-# %% ../nbs/12_cpu.ipynb #dcf130c3
+# %% ../nbs/12_cpu.ipynb #d62a7382
 @simd
 def _decode_row(e, books, codes, groups, n_books, width, scale, out, off):
     "One row: groups of `width` <= 16 floats, written 16 at a time; each store's surplus is overwritten by the next."
@@ -332,7 +335,7 @@ def decode_dense(
     run_threads(_decode_simd if fast else _decode_loops, p.O, p.low, p.high, p.bits, p.J, books, p.d, p.scales, N, spare, codes, out)
     return out
 
-# %% ../nbs/12_cpu.ipynb #dd914ffe
+# %% ../nbs/12_cpu.ipynb #b0ada973
 def _transpose16(e, rows):
     "16 vectors of 16 lanes, transposed by four rounds of block exchanges."
     rows = list(rows)
@@ -362,7 +365,7 @@ def _by4(e, z):
     e0, o0, e1, o1 = e.shuffle(z[0], z[1], even), e.shuffle(z[0], z[1], odd), e.shuffle(z[2], z[3], even), e.shuffle(z[2], z[3], odd)
     return [e.shuffle(e0, e1, even), e.shuffle(o0, o1, even), e.shuffle(e0, e1, odd), e.shuffle(o0, o1, odd)]
 
-# %% ../nbs/12_cpu.ipynb #b4db1c5c
+# %% ../nbs/12_cpu.ipynb #c8504075
 @simd
 def _f4_input(e, plane, offs, q, pitch, out, at, step):
     "Input transform of 16 tiles of one channel: four runs of four neighbouring tiles; 36 vectors, `step` apart."
@@ -435,7 +438,26 @@ def gemm12x1(e, a, ao, b, b0, k, y, yo, ystep):
     acc = _gemm(e, a, ao, 12, 12, [(b, b0)], k)
     for r in range(12): e.store(acc[r], y, e.add(yo, e.mul(ystep, r)))
 
-# %% ../nbs/12_cpu.ipynb #5bdc83cf
+def _out_lanes(e, acc, panels, s, b, so, y, yo, ystep):
+    "Outputs in lanes: one scale and bias per lane."
+    for j in range(panels):
+        sv, bv = e.load(s, e.add(so, 16*j)), e.load(b, e.add(so, 16*j))
+        for r in range(12): e.store(e.fma(acc[panels*r + j], sv, bv), y, e.add(e.add(yo, 16*j), e.mul(ystep, r)))
+
+@simd
+def gemm12x2_lanes(e, a, ao, b, b0, b1, k, s, bias, so, y, yo, ystep):
+    "gemm12x2, scaled and biased per lane."
+    _out_lanes(e, _gemm(e, a, ao, 12, 12, [(b, b0), (b, b1)], k), 2, s, bias, so, y, yo, ystep)
+
+@simd
+def gemm12x2_rows(e, a, ao, b, b0, b1, k, s, bias, so, y, yo, ystep):
+    "gemm12x2, scaled and biased per row."
+    acc = _gemm(e, a, ao, 12, 12, [(b, b0), (b, b1)], k)
+    for r in range(12):
+        sv, bv = e.splat(e.scalar(s, e.add(so, r))), e.splat(e.scalar(bias, e.add(so, r)))
+        for j in range(2): e.store(e.fma(acc[2*r + j], sv, bv), y, e.add(e.add(yo, 16*j), e.mul(ystep, r)))
+
+# %% ../nbs/12_cpu.ipynb #ca940aa5
 WINO = {2: dict(G=[[1, 0, 0], [.5, .5, .5], [.5, -.5, .5], [0, 0, 1]],
                 BT=[[1, 0, -1, 0], [0, 1, 1, 0], [0, -1, 1, 0], [0, 1, 0, -1]],
                 AT=[[1, 1, 1, 0], [0, 1, -1, -1]]),
@@ -535,7 +557,7 @@ def conv3x3_f4(
 
 _patch = np.arange(4)*64   # where four 4x16 patches begin in a small buffer
 
-# %% ../nbs/12_cpu.ipynb #ee24cf6d
+# %% ../nbs/12_cpu.ipynb #2b7067c6
 @simd
 def _f2_input(e, plane, offs, tiles, pitch, out, at, step):
     "Input transform of one channel: a 4x4 patch becomes the 16 lanes of one vector; blocks of 8 tiles are `step` apart."
@@ -555,17 +577,19 @@ def _f2_input(e, plane, offs, tiles, pitch, out, at, step):
 @simd
 def _f2_gemm(e, books, codes, rowstep, channels, V, at, out, to, step):
     "3 outputs x 8 tiles: the weights are read straight from the tables, 16 positions at once; no decoded weight exists."
-    M = len(books)
+    M, exact = len(books), None if books[0].type.pointee == _F32 else ir.VectorType(_F32, 16)
     def one(c, acc):
-        new = list(acc)
-        v = [e.load(V, e.add(at, e.add(e.mul(c, 128), 16*t))) for t in range(8)]
+        new, u = list(acc), []
         for r in range(3):
-            u = None
             for m in range(M):
                 code = e.b.sext(e.scalar(codes, e.add(e.mul(rowstep, r), e.add(e.mul(c, M), m))), _I64)
                 w = e.load(books[m], e.mul(code, 16))
-                u = w if u is None else e.b.fadd(u, w)
-            for t in range(8): new[8*r + t] = e.fma(u, v[t], acc[8*r + t])
+                if m == 0: u.append(w)
+                else: u[r] = e.b.fadd(u[r], w) if exact is None else e.b.add(u[r], w)
+            if exact is not None: u[r] = e.b.sitofp(e.b.sext(u[r], ir.VectorType(_I32, 16)), exact)
+        for t in range(8):   # each tile is loaded just before its three uses: 24 sums + 3 weights + 1 tile fit the 32 registers
+            v = e.load(V, e.add(at, e.add(e.mul(c, 128), 16*t)))
+            for r in range(3): new[8*r + t] = e.fma(u[r], v, acc[8*r + t])
         return new
     acc = e.loop(channels, [e.zero()]*24, one)
     for r in range(3):
@@ -580,7 +604,12 @@ def _f2_output(e, m, at, scale, bias, out):
     for y in range(2):
         for x, v in enumerate(half([cols[c][y] for c in range(4)])): e.store(e.fma(v, s, b), out, 16*(2*y + x))
 
-# %% ../nbs/12_cpu.ipynb #202648d5
+@_jit
+def _f2_tiles(books, codes, rowstep, channels, V, at, out, to, step):
+    "A function of its own, so that the sums keep their registers."
+    _f2_gemm(books, codes, rowstep, channels, V, at, out, to, step)
+
+# %% ../nbs/12_cpu.ipynb #a6e3704b
 @_jit
 def _f2_in(lo, hi, worker, x, offs, tiles, planes, V, vstep):
     "Channels lo..hi-1: pad, transform."
@@ -594,24 +623,21 @@ def _f2_in(lo, hi, worker, x, offs, tiles, planes, V, vstep):
         _f2_input(flat, offs, tiles, p.shape[2], V, c*128, vstep)
 
 @_jit
-def _f2_out(lo, hi, worker, low, high, bits, J, books, scales, bias, codes, V, vstep, tiles, where, Mb, y):
-    "Three outputs at a time over all tiles."
-    M, O, H, W = len(books), y.shape[1], y.shape[2], y.shape[3]
-    c, mb = codes[worker], Mb[worker]
-    step, tmp = 16*tiles, Mb[worker, 48*tiles:]
-    for block in range(lo, hi):
-        o0 = 3*block
-        live = min(3, O - o0)
-        for r in range(live): unpack_range(low, high, bits, (o0 + r)*J*M, J*M, c[r*J*M:], True)
-        for r in range(live, 3): c[r*J*M:(r + 1)*J*M] = c[:J*M]
-        for q in range(tiles >> 3): _f2_gemm(books, c, J*M, J, V, q*vstep, mb, q*128, step)
-        for r in range(live):
-            for t0 in range(0, len(where), 16):
-                _f2_output(mb, r*step + t0*16, scales[o0 + r], bias[o0 + r], tmp)
-                for t in range(t0, min(t0 + 16, len(where))):
-                    n, y0, x0 = where[t, 0], where[t, 1], where[t, 2]
-                    for i in range(min(2, H - y0)):
-                        for j in range(min(2, W - x0)): y[n, o0 + r, y0 + i, x0 + j] = tmp[16*(2*i + j) + t - t0]
+def _f2_out(lo, hi, worker, low, high, bits, J, books, scales, bias, codes, V, vstep, tiles, where, Mb, small, y):
+    "Three outputs at a time; eight tiles outermost, so that their transformed input stays in the L2 cache."
+    M, O, H, W, step = len(books), y.shape[1], y.shape[2], y.shape[3], 16*tiles
+    tmp, first, last = small[worker], 3*lo, min(3*hi, O)
+    unpack_range(low, high, bits, first*J*M, (last - first)*J*M, codes[first*J*M:], True)
+    if last < 3*hi: codes[last*J*M:3*hi*J*M] = 0
+    for q in range(tiles >> 3):
+        for block in range(lo, hi): _f2_tiles(books, codes[3*block*J*M:], J*M, J, V, q*vstep, Mb, 3*block*step + q*128, step)
+    for o in range(first, last):
+        for t0 in range(0, len(where), 16):
+            _f2_output(Mb, o*step + t0*16, scales[o], bias[o], tmp)
+            for t in range(t0, min(t0 + 16, len(where))):
+                n, y0, x0 = where[t, 0], where[t, 1], where[t, 2]
+                for i in range(min(2, H - y0)):
+                    for j in range(min(2, W - x0)): y[n, o, y0 + i, x0 + j] = tmp[16*(2*i + j) + t - t0]
 
 @functools.lru_cache(maxsize=512)
 def _f2_grid(B, H, W):
@@ -631,16 +657,19 @@ def conv3x3_f2(
     check_call(p, x, y, 9, 1)
     B, I, H, W = x.shape
     if not use_simd(): return conv3x3_portable(p, x, y, 2)
-    t, books = torch.get_num_threads(), p.table('f2', lambda b: wino_books(b, 2, 16))
+    t, scales = torch.get_num_threads(), p.scales
+    if p.books.dtype == np.int8: books, scales = p.table('f2q', lambda b: (4*wino_books(b, 2, 16)).astype(np.int16)), scales*np.float32(.25)
+    else: books = p.table('f2', lambda b: wino_books(b, 2, 16))
     tiles, plane, src, where = _f2_grid(B, H, W)
     vstep = I*128 + 16
     planes, V = scratch('planes', (t, *plane)), scratch('V', (tiles//8*vstep,))
     run_threads(_f2_in, I, x, src, tiles, planes, V, vstep)
-    codes, Mb = scratch('codes', (t, 3*I*p.M + 16), np.int16), scratch('Mb', (t, 48*tiles + 80))
-    run_threads(_f2_out, -(-p.O//3), p.low, p.high, p.bits, I, books, p.scales, p.bias, codes, V, vstep, tiles, where, Mb, y)
+    blocks = -(-p.O//3)
+    codes, Mb = scratch('codes', (3*blocks*I*p.M + 16,), np.int16), scratch('Mb', (48*blocks*tiles,))
+    run_threads(_f2_out, blocks, p.low, p.high, p.bits, I, books, scales, p.bias, codes, V, vstep, tiles, where, Mb, scratch('small', (t, 80)), y)
     return y
 
-# %% ../nbs/12_cpu.ipynb #9dfeacac
+# %% ../nbs/12_cpu.ipynb #64b4e342
 @_jit
 def _wino_portable(lo, hi, worker, x, low, high, bits, books, scales, bias, m, BT, AT, V, codes, U, Mb, y):
     "Outputs lo..hi-1 of a Winograd-domain convolution in plain loops, for any tile size m; V is the transformed input [P, I, T]."
@@ -682,7 +711,7 @@ def conv3x3_portable(
     run_threads(_wino_portable, p.O, x, p.low, p.high, p.bits, books, p.scales, p.bias, m, BT, AT, V, codes, U, np.empty((t, a*a, V.shape[2]), np.float32), y)
     return y
 
-# %% ../nbs/12_cpu.ipynb #d56a3ed9
+# %% ../nbs/12_cpu.ipynb #39a675ac
 @simd
 def _i8_pack(e, x, at, cstep, live, scale, zero, top, count, out, to):
     "Quantize `count` runs of 16 pixels of four channels; the four bytes of a pixel become one 32-bit word."
@@ -757,7 +786,7 @@ def _i8_decode8(e, books, codes, rowstep, groups, out, sums):
         return [total]
     e.store(e.loop(groups, [e.zero(_I32)], group)[0], sums, 0)
 
-# %% ../nbs/12_cpu.ipynb #6c0d6fac
+# %% ../nbs/12_cpu.ipynb #e5a8b72e
 def _i8_dots(e, x, xo, pixel, quad, row, taps, w, wstep, quads, blocks):
     "8 pixels x `blocks` x 16 outputs: every weight vector meets 8 broadcast words."
     offs = [e.add(e.mul(row, t//3), t % 3) for t in range(9)] if taps == 9 else [_I64(0)]
@@ -780,14 +809,38 @@ def _i8_finish(e, acc, blocks, zeros, xscales, sums, scales, out):
             e.store(e.b.fmul(e.b.sitofp(v, s.type), e.b.fmul(s, e.load(scales, 16*b))), out, 48*p + 16*b)
 
 @simd
-def _i8_rows(e, tile, blocks):
-    "The tile [8 pixels][48 outputs] again as [48 outputs][8 pixels], 384 floats further on."
+def _i8_rows(e, tile, blocks, base, y, at, step):
+    "Write the tile [8 pixels][48 outputs] as rows of 8 pixels, `step` apart, on top of `base` (a bias per row)."
+    def block(b, _):
+        bias = e.load(base, e.mul(b, 16))
+        rows = [e.b.fadd(e.load(tile, e.add(48*p, e.mul(b, 16))), bias) for p in range(8)]
+        for r, v in enumerate(_transpose16(e, rows + rows)):
+            e.store(e.shuffle(v, v, list(range(8))), y, e.add(at, e.mul(step, e.add(e.mul(b, 16), r))))
+        return []
+    e.loop(blocks, [], block)
+
+@simd
+def _i8_add_rows(e, tile, blocks, y, at, step):
+    "The same, added to what is there."
     def block(b, _):
         rows = [e.load(tile, e.add(48*p, e.mul(b, 16))) for p in range(8)]
         for r, v in enumerate(_transpose16(e, rows + rows)):
-            e.store(e.shuffle(v, v, list(range(8))), tile, e.add(384 + 8*r, e.mul(b, 128)))
+            to = e.add(at, e.mul(step, e.add(e.mul(b, 16), r)))
+            e.store(e.b.fadd(e.load(y, to, 8), e.shuffle(v, v, list(range(8)))), y, to)
         return []
     e.loop(blocks, [], block)
+
+@simd
+def _i8_tokens(e, tile, blocks, base, y, at, step, count):
+    "Write `count` rows of the tile as tokens."
+    def token(p, _):
+        def block(b, _):
+            o = e.mul(b, 16)
+            e.store(e.b.fadd(e.load(tile, e.add(e.mul(p, 48), o)), e.load(base, o)), y, e.add(e.add(at, e.mul(p, step)), o))
+            return []
+        e.loop(blocks, [], block)
+        return []
+    e.loop(count, [], token)
 
 def _i8_micro(taps, blocks):
     def micro(e, x, xo, pixel, quad, row, w, wstep, quads, zeros, xscales, sums, scales, out):
@@ -795,10 +848,23 @@ def _i8_micro(taps, blocks):
     micro.__name__ = f'i8_{taps}x{blocks}'
     return simd(micro)
 
-_i8_conv3, _i8_conv2, _i8_conv1 = (_i8_micro(9, b) for b in (3, 2, 1))
-_i8_line3, _i8_line2, _i8_line1 = (_i8_micro(1, b) for b in (3, 2, 1))
+_conv3, _conv2, _conv1 = (_i8_micro(9, b) for b in (3, 2, 1))
+_line3, _line2, _line1 = (_i8_micro(1, b) for b in (3, 2, 1))
 
-# %% ../nbs/12_cpu.ipynb #118a5391
+@_jit
+def _i8_conv(nb, x, xo, pixel, quad, row, w, wstep, quads, zeros, xscales, sums, scales, out):
+    "A function of its own: inlined into a larger one, its sums spill to memory."
+    if nb == 3: _conv3(x, xo, pixel, quad, row, w, wstep, quads, zeros, xscales, sums, scales, out)
+    elif nb == 2: _conv2(x, xo, pixel, quad, row, w, wstep, quads, zeros, xscales, sums, scales, out)
+    else: _conv1(x, xo, pixel, quad, row, w, wstep, quads, zeros, xscales, sums, scales, out)
+
+@_jit
+def _i8_line(nb, x, xo, pixel, quad, row, w, wstep, quads, zeros, xscales, sums, scales, out):
+    if nb == 3: _line3(x, xo, pixel, quad, row, w, wstep, quads, zeros, xscales, sums, scales, out)
+    elif nb == 2: _line2(x, xo, pixel, quad, row, w, wstep, quads, zeros, xscales, sums, scales, out)
+    else: _line1(x, xo, pixel, quad, row, w, wstep, quads, zeros, xscales, sums, scales, out)
+
+# %% ../nbs/12_cpu.ipynb #91a5b278
 @_jit
 def _i8_codes(low, high, bits, o0, O, J, M, j0, n, K, c):
     "Codes of 16 rows, groups j0..j0+n-1, rounded up to 4 groups with the codeword K, which is zero."
@@ -814,6 +880,7 @@ def _i8_conv_out(lo, hi, worker, low, high, bits, J, j0, n, books, scales, bias,
     "48 outputs at a time over all pixels of all images; taps is 9 (3x3) or 1 (1x1, and W holds all pixels)."
     M, K, O, H, W = len(books), books[0].shape[0] - 1, y.shape[1], y.shape[2], y.shape[3]
     c, w, sm, s48, tile, wstep = codes[worker], Wb[worker], sums[worker], small[worker, :48], small[worker, 48:], quads*16*taps
+    flat = y.reshape(-1)
     for block in range(lo, hi):
         o0 = 48*block
         live = min(48, O - o0)
@@ -828,23 +895,15 @@ def _i8_conv_out(lo, hi, worker, low, high, bits, J, j0, n, books, scales, bias,
             for yy in range(H):
                 for x0 in range(0, W, 8):
                     at = (i*quads*plane) + yy*pitch + x0
-                    if taps == 9:
-                        if nb == 3: _i8_conv3(X, at, 1, plane, pitch, w, wstep, quads, z, s, sm, s48, tile)
-                        elif nb == 2: _i8_conv2(X, at, 1, plane, pitch, w, wstep, quads, z, s, sm, s48, tile)
-                        else: _i8_conv1(X, at, 1, plane, pitch, w, wstep, quads, z, s, sm, s48, tile)
-                    elif nb == 3: _i8_line3(X, at, 1, plane, pitch, w, wstep, quads, z, s, sm, s48, tile)
-                    elif nb == 2: _i8_line2(X, at, 1, plane, pitch, w, wstep, quads, z, s, sm, s48, tile)
-                    else: _i8_line1(X, at, 1, plane, pitch, w, wstep, quads, z, s, sm, s48, tile)
-                    if W - x0 >= 8: _i8_rows(tile, nb)
+                    if taps == 9: _i8_conv(nb, X, at, 1, plane, pitch, w, wstep, quads, z, s, sm, s48, tile)
+                    else: _i8_line(nb, X, at, 1, plane, pitch, w, wstep, quads, z, s, sm, s48, tile)
+                    if W - x0 >= 8 and live % 16 == 0:
+                        to = ((i*O + o0)*H + yy)*W + x0
+                        if add: _i8_add_rows(tile, nb, flat, to, H*W)
+                        else: _i8_rows(tile, nb, bias[o0:], flat, to, H*W)
+                        continue
                     for r in range(live):
-                        extra = np.float32(0) if add else bias[o0 + r]
-                        if W - x0 >= 8:
-                            if add:
-                                for p in range(8): y[i, o0 + r, yy, x0 + p] += tile[384 + 8*r + p]
-                            else:
-                                for p in range(8): y[i, o0 + r, yy, x0 + p] = tile[384 + 8*r + p] + extra
-                        else:
-                            for p in range(W - x0): y[i, o0 + r, yy, x0 + p] = tile[48*p + r] + (y[i, o0 + r, yy, x0 + p] if add else extra)
+                        for p in range(min(8, W - x0)): y[i, o0 + r, yy, x0 + p] = tile[48*p + r] + (y[i, o0 + r, yy, x0 + p] if add else bias[o0 + r])
 
 @_jit
 def _i8_conv_in(lo, hi, worker, x, c0, c1, scales, zeros, top, lines, X, first, pitch, plane):
@@ -949,7 +1008,7 @@ def conv1x1_i8(
                     X, 1, 0, plane, n//4, np.repeat(z, 8), np.repeat(s, 8), c0 > 0, y.reshape(B, p.O, 1, P))
     return y
 
-# %% ../nbs/12_cpu.ipynb #9f4614f4
+# %% ../nbs/12_cpu.ipynb #20b35c0b
 @simd
 def _i8_row(e, x, at, scale, zero, top, count, out, to):
     "Quantize `count` runs of 16 consecutive features of one token."
@@ -980,6 +1039,7 @@ def _i8_line_out(lo, hi, worker, low, high, bits, J, j0, n, books, scales, bias,
     "48 outputs at a time over all tokens."
     M, K, T, O, quads = len(books), books[0].shape[0] - 1, y.shape[0], y.shape[1], 2*n
     c, w, sm, s48, tile, wstep = codes[worker], Wb[worker], sums[worker], small[worker, :48], small[worker, 48:], 2*n*16
+    flat = y.reshape(-1)
     for block in range(lo, hi):
         o0 = 48*block
         live = min(48, O - o0)
@@ -990,9 +1050,10 @@ def _i8_line_out(lo, hi, worker, low, high, bits, J, j0, n, books, scales, bias,
         for r in range(48): s48[r] = scales[min(o0 + r, O - 1)]
         for t0 in range(0, T, 8):
             z, s, at = zeros[t0:], xscales[t0:], t0*row
-            if nb == 3: _i8_line3(X, at, row, 1, 0, w, wstep, quads, z, s, sm, s48, tile)
-            elif nb == 2: _i8_line2(X, at, row, 1, 0, w, wstep, quads, z, s, sm, s48, tile)
-            else: _i8_line1(X, at, row, 1, 0, w, wstep, quads, z, s, sm, s48, tile)
+            _i8_line(nb, X, at, row, 1, 0, w, wstep, quads, z, s, sm, s48, tile)
+            if not add and live % 16 == 0:
+                _i8_tokens(tile, nb, bias[o0:], flat, t0*O + o0, O, min(8, T - t0))
+                continue
             for p in range(min(8, T - t0)):
                 if add:
                     for r in range(live): y[t0 + p, o0 + r] += tile[48*p + r]
@@ -1027,7 +1088,7 @@ def linear_i8(
                     X, row, z[each], s[each], c0 > 0, y)
     return y
 
-# %% ../nbs/12_cpu.ipynb #36b8f032
+# %% ../nbs/12_cpu.ipynb #87703d18
 def _f32_decode(rows):
     def decode8(e, books, codes, rowstep, groups, out):
         M = len(books)
@@ -1072,7 +1133,7 @@ def _line_in(lo, hi, worker, x, offs, A, astep):
 def _line_out(lo, hi, worker, low, high, bits, J, books, scales, bias, codes, panels, A, astep, tiles, y):
     "32 outputs at a time: decode two panels [k][16], multiply with every block of 12 tokens."
     M, T, O = len(books), y.shape[0], y.shape[1]
-    c, w, tile, N = codes[worker], panels[worker], tiles[worker], 8*J
+    c, w, tile, N, flat = codes[worker], panels[worker], tiles[worker], 8*J, y.reshape(-1)
     for block in range(lo, hi):
         o0 = 32*block
         two = O - o0 > 16
@@ -1081,6 +1142,9 @@ def _line_out(lo, hi, worker, low, high, bits, J, books, scales, bias, codes, pa
             _decode8x16(books, c, J*M, J, w[h*N*16:])
         live = min(32, O - o0)
         for b in range((T + 11)//12):
+            if live == 32 and 12*b + 12 <= T:
+                gemm12x2_lanes(A, b*astep, w, 0, N*16, N, scales, bias, o0, flat, 12*b*O + o0, O)
+                continue
             if two: gemm12x2(A, b*astep, w, 0, N*16, N, tile, 0, 32)
             else: gemm12x1(A, b*astep, w, 0, N, tile, 0, 32)
             for t in range(min(12, T - 12*b)):
@@ -1102,17 +1166,20 @@ def linear_gemm(
     run_threads(_line_out, -(-p.O//32), p.low, p.high, p.bits, p.J, books, p.scales, p.bias, codes, panels, A, astep, tiles, y)
     return y
 
-# %% ../nbs/12_cpu.ipynb #13c4241d
+# %% ../nbs/12_cpu.ipynb #426d51f0
+@simd
+def _copy16(e, a, at, b, to): e.store(e.load(a, at), b, to)
+
 @_jit
 def _pix_in(lo, hi, worker, x, V, quads):
     "Channels lo..hi-1 of x [B, I, P] as panels of 16 pixels [image][quad of pixels][channel][16]."
     B, I, P = x.shape
+    flat = x.reshape(-1)
     for c in range(lo, hi):
         for n in range(B):
             for q in range(quads):
                 at = ((n*quads + q)*I + c)*16
-                if 16*q + 16 <= P:
-                    for i in range(16): V[at + i] = x[n, c, 16*q + i]
+                if 16*q + 16 <= P: _copy16(flat, (n*I + c)*P + 16*q, V, at)
                 else:
                     for i in range(16): V[at + i] = x[n, c, 16*q + i] if 16*q + i < P else np.float32(0)
 
@@ -1120,7 +1187,7 @@ def _pix_in(lo, hi, worker, x, V, quads):
 def _pix_out(lo, hi, worker, low, high, bits, J, books, scales, bias, codes, U, V, quads, tiles, y):
     "12 outputs at a time over all pixels."
     M, B, O, P, I = len(books), y.shape[0], y.shape[1], y.shape[2], 8*J
-    c, u, tile = codes[worker], U[worker], tiles[worker]
+    c, u, tile, flat = codes[worker], U[worker], tiles[worker], y.reshape(-1)
     for block in range(lo, hi):
         o0 = 12*block
         live = min(12, O - o0)
@@ -1129,6 +1196,9 @@ def _pix_out(lo, hi, worker, low, high, bits, J, books, scales, bias, codes, U, 
         for n in range(B):
             for q in range(0, quads, 2):
                 at = (n*quads + q)*I*16
+                if live == 12 and 16*q + 32 <= P:
+                    gemm12x2_rows(u, 0, V, at, at + I*16, I, scales, bias, o0, flat, (n*O + o0)*P + 16*q, P)
+                    continue
                 if q + 1 < quads: gemm12x2(u, 0, V, at, at + I*16, I, tile, 0, 32)
                 else: gemm12x1(u, 0, V, at, I, tile, 0, 32)
                 many = min(32, P - 16*q)
@@ -1152,7 +1222,7 @@ def conv1x1_gemm(
     run_threads(_pix_out, -(-p.O//12), p.low, p.high, p.bits, p.J, books, p.scales, p.bias, codes, U, V, quads, tiles, y.reshape(B, p.O, P))
     return y
 
-# %% ../nbs/12_cpu.ipynb #a7312e4d
+# %% ../nbs/12_cpu.ipynb #c95f2140
 def _few(e, books, codes, rowstep, groups, xs, out, rows):
     M = len(books)
     def group(j, acc):
@@ -1203,7 +1273,7 @@ def linear_few(
     run_threads(_few_out, -(-p.O//4), p.low, p.high, p.bits, p.J, books, p.scales, p.bias, codes, xs, parts, y)
     return y
 
-# %% ../nbs/12_cpu.ipynb #651ba40b
+# %% ../nbs/12_cpu.ipynb #77f024e2
 @_jit
 def _i8_dense(lo, hi, worker, low, high, bits, J, books, codes, out):
     "Rows lo..hi-1 of the integer weight."
@@ -1254,7 +1324,7 @@ def conv_i8_portable(
         y += part.astype(np.float32)*(s4*p.scales[:, None, None])
     return y
 
-# %% ../nbs/12_cpu.ipynb #ea5aa8a7
+# %% ../nbs/12_cpu.ipynb #beaf0a00
 @_jit
 def _lut(lo, hi, worker, z, books, codes, scales, bias, lut, y):
     "Lanes lo..hi-1 of y [O, P]: for every group the responses of all codewords, then one addition per output."
@@ -1287,7 +1357,7 @@ def lut_product(
     run_threads(_lut, z.shape[2], z, p.books.astype(np.float32), codes.reshape(p.O, p.J, p.M), p.scales, p.bias, scratch('lut', (t, p.books.shape[1], 64)), y, unit=64)
     return y
 
-# %% ../nbs/12_cpu.ipynb #d0b081a1
+# %% ../nbs/12_cpu.ipynb #16836aaf
 _known = weakref.WeakKeyDictionary()   # layer -> (signature, Packed); never copied, pickled or saved with the layer
 
 def _bytes(t): return None if t is None else t.detach().contiguous().numpy()
@@ -1307,7 +1377,7 @@ def packed_of(
     with _lock: _known[layer] = sign, p
     return p
 
-# %% ../nbs/12_cpu.ipynb #f4c075ed
+# %% ../nbs/12_cpu.ipynb #4bede4f3
 def _asked(layer): return layer.kernel if layer.kernel != 'auto' else os.environ.get('AQUATIC_KERNEL', 'auto')
 
 def why_not_cpu(
@@ -1340,7 +1410,11 @@ def rule(
     kind = conv_kind(layer)
     if kind == 'other': return 'decode'
     if layer.act is not None: return 'int8'
-    if kind == 'conv3x3': return 'wino4' if len(x)*-(-x.shape[-2]//4)*-(-x.shape[-1]//16)*4 >= 16 else 'wino2'
+    if kind == 'conv3x3':   # cycles for one (output, input) pair: arithmetic, and for F(4x4) the decoding
+        n, H, W = len(x), x.shape[-2], x.shape[-1]
+        four = 36*-(-n*-(-H//4)*-(-W//16)//4) + 21
+        two = 9.6*-(-n*-(-H//2)*-(-W//2)//8)
+        return 'wino4' if four <= two else 'wino2'
     return 'few' if kind == 'linear' and tokens(layer, x) <= 8 else 'gemm'
 
 def _fits(layer, kinds, size, int8=False):
@@ -1353,13 +1427,14 @@ def _fits(layer, kinds, size, int8=False):
     if layer.scheme.n_codebooks > size: return f'{layer.scheme.n_codebooks} codebooks, at most {size}'
     if int8 and layer.codebooks.dtype != torch.int8: return 'codebooks are not int8'
 
-# %% ../nbs/12_cpu.ipynb #d4a9e527
+# %% ../nbs/12_cpu.ipynb #8bc15942
 def _guard(name, own):
     "The `supports` of a kernel: what it can do, and, when it was not asked for by name, whether it is the best choice."
     def supports(layer, x):
         why = why_not_cpu(layer, x) or own(layer, x)
         if why or _asked(layer) == name: return why
         best = choice(layer, x)
+        if name == 'cached' and best == 'decode': return None
         if best != name and _abilities[best].own(layer, x) is None: return f"'{best}' is faster here"
     return supports
 
@@ -1404,7 +1479,7 @@ def _own_few(layer, x):
 
 def _needs_simd(): return None if use_simd() else 'no AVX-512 here'
 
-# %% ../nbs/12_cpu.ipynb #988bc06f
+# %% ../nbs/12_cpu.ipynb #a0ec19a1
 def _own_int8(layer, x):
     if layer.act is None: return 'activations are not quantized'
     why = _fits(layer, ('conv3x3', 'conv1x1', 'linear'), 4, int8=True)
@@ -1434,7 +1509,7 @@ def _run_lut(layer, p, x):
     if isinstance(layer, AQLinear): return y.T.reshape(*x.shape[:-1], p.O)
     return y.reshape(p.O, len(x), *x.shape[2:]).transpose(0, 1).contiguous()
 
-# %% ../nbs/12_cpu.ipynb #4c76d354
+# %% ../nbs/12_cpu.ipynb #62bd3a36
 _tuned = {}
 def choice(
     layer,    # packed layer
@@ -1460,3 +1535,145 @@ _register('gemm', lambda layer, x: _fits(layer, ('linear', 'conv1x1'), 4) or _ne
 _register('few', _own_few, lambda layer, p, x: _run_line(linear_few)(layer, p, x), 40)
 _register('int8', _own_int8, _run_int8, 50, takes_raw=True)
 _register('lut', _own_lut, _run_lut, 5)
+
+# %% ../nbs/12_cpu.ipynb #9e9827e2
+def layer_flops(
+    layer,      # packed layer
+    positions:int, # output positions: samples x pixels, or tokens
+    shape=None, # [B, C, H, W] of the input, for the Winograd tiles
+)->dict:        # floating-point operations of each way to run it
+    "Multiplications and additions, counted one by one."
+    s = layer.scheme
+    O, N = layer.weight_shape[0], math.prod(layer.weight_shape[1:])
+    J, groups = -(-N//s.group_size), getattr(layer, 'groups', 1)
+    out = dict(dense=2*O*N*positions, lut=groups*2*s.n_codebooks*s.n_codewords*J*s.group_size*positions + s.n_codebooks*O*J*positions)
+    for m, before, after in ((2, 32, 24), (4, 240, 130)):
+        if isinstance(layer, AQLinear) or conv_kind(layer) != 'conv3x3': out[f'wino{m}'] = out['dense']; continue
+        B, I, H, W = shape
+        tiles = B*-(-H//m)*-(-W//m)
+        out[f'wino{m}'] = tiles*(I*before + O*after + 2*(m + 2)**2*O*I) + (s.n_codebooks - 1)*(m + 2)**2*O*I
+    return out
+
+@contextlib.contextmanager
+def _watched(layers, see):
+    hooks = [m.register_forward_hook(lambda m, a, y, n=n: see(n, m, a[0], y)) for n, m in layers.items()]
+    try: yield
+    finally:
+        for h in hooks: h.remove()
+
+def _call(model, inputs):
+    with torch.no_grad():
+        if isinstance(inputs, dict): return model(**inputs)
+        return model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
+
+def count_flops(
+    model:nn.Module, # model with packed layers
+    inputs,          # what to call it with: a tensor, a tuple or a dict of arguments
+)->pd.DataFrame:     # one row per layer; columns dense, lut, wino2, wino4 in FLOPs
+    "Exact operation counts of every convolution and linear layer in one call; a layer that stays dense counts as dense everywhere."
+    rows = {}
+    def see(n, m, x, y):
+        positions = y.numel()//(y.shape[-1] if isinstance(m, (AQLinear, nn.Linear)) else y.shape[1])
+        if hasattr(m, 'scheme'): f, kind = layer_flops(m, positions, tuple(x.shape)), conv_kind(m)
+        else: f, kind = dict.fromkeys(('dense', 'lut', 'wino2', 'wino4'), 2*m.weight.numel()*positions), 'not packed'
+        old = rows.get(n, dict(kind=kind, weight=tuple(m.weight_shape if hasattr(m, 'scheme') else m.weight.shape), input=tuple(x.shape)))
+        rows[n] = {**old, **{k: old.get(k, 0) + v for k, v in f.items()}}
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear)) or hasattr(m, 'scheme')}
+    with _watched(layers, see): _call(model, inputs)
+    return pd.DataFrame.from_dict(rows, orient='index')
+
+def explain_kernels(
+    model:nn.Module, # model with packed layers
+    inputs,          # what to call it with
+)->pd.DataFrame:     # one row per packed layer: kind, input, kernel, and why not the others
+    "Which kernel runs each packed layer, and why."
+    rows = {}
+    def see(n, m, x, y):
+        with torch.no_grad(): k, why = pick_kernel(m, x)
+        rows[n] = dict(kind=conv_kind(m), weight=tuple(m.weight_shape), input=tuple(x.shape), kernel=k.name, why='; '.join(f'{a}: {b}' for a, b in why.items()))
+    with _watched(packed_layers(model), see): _call(model, inputs)
+    return pd.DataFrame.from_dict(rows, orient='index')
+
+# %% ../nbs/12_cpu.ipynb #9b9a8a6b
+def tune_path()->Path:
+    "Where measured choices are kept: one file a processor."
+    name = ''.join(c if c.isalnum() else '-' for c in llvm.get_host_cpu_name())
+    return Path(os.environ.get('XDG_CACHE_HOME', Path.home()/'.cache'))/'aquatic_nb'/f'kernels-{name}.json'
+
+def autotune(
+    model:nn.Module, # model with packed layers
+    inputs,          # what to call it with
+    path=None,       # file of choices; None: `tune_path()`
+    repeats=3,       # runs of each kernel; the fastest counts
+)->dict:             # shape -> kernel name
+    "Time every kernel that supports a layer, once for each shape, keep the fastest on disk and use it from now on."
+    path, seen = Path(path or tune_path()), {}
+    with _watched(packed_layers(model), lambda n, m, x, y: seen.setdefault(tune_key(m, x), (m, x.detach().clone()))): _call(model, inputs)
+    for key, (m, x) in seen.items():
+        if key in _tuned or why_not_cpu(m, x.detach().requires_grad_(False)) not in (None, 'gradients are wanted'): continue
+        times, before = {}, m.kernel
+        for name in [n for n, o in _abilities.items() if n != 'lut' and o.own(m, x) is None]:
+            m.kernel = name
+            try:
+                with torch.no_grad(): times[name] = min(_seconds(lambda: m(x)) for _ in range(repeats + 1))
+            finally: m.kernel = before
+        _tuned[key] = min(times, key=times.get)
+    write_atomic(path, json.dumps(_tuned, indent=1).encode())
+    return dict(_tuned)
+
+def _seconds(f):
+    t = time.perf_counter()
+    f()
+    return time.perf_counter() - t
+
+def use_tuned(
+    path=None, # file that `autotune` wrote; None: `tune_path()`; False: back to the rule
+):
+    "Follow measured choices in place of the rule."
+    _tuned.clear()
+    if path is False: return
+    path = Path(path or tune_path())
+    try: found = json.loads(path.read_text())
+    except (OSError, ValueError) as e: raise ValueError(f'use_tuned: cannot read {path}: {e}; run autotune first') from e
+    bad = [n for n in found.values() if n not in _abilities] if isinstance(found, dict) else ['not a table']
+    if bad: raise ValueError(f'use_tuned: {path} names {bad[0]!r}, expected one of {sorted(_abilities)}; delete the file')
+    _tuned.update(found)
+
+if os.environ.get('AQUATIC_TUNED', '0') == '1' and tune_path().exists(): use_tuned()
+
+# %% ../nbs/12_cpu.ipynb #5dbc1c88
+_dense_cache = weakref.WeakKeyDictionary()   # layer -> (signature, tensor)
+
+def _stamp(layer): return tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in (layer.codes, layer.codes_hi, layer.codebooks) if t is not None)
+
+def set_weight_cache(
+    model:nn.Module, # model with packed layers
+    max_bytes:int,   # memory that cached weights may take; 0 drops them all
+    dtype='int8',    # 'int8' (exact, needs int8 codebooks) or 'bf16' (rounded)
+)->dict:             # layer name -> bytes cached
+    "Keep dense weights of as many layers as fit, those that are slowest to decode first; 'decode' then skips its work."
+    if dtype not in ('int8', 'bf16'): raise ValueError(f"set_weight_cache: dtype={dtype!r}, expected 'int8' or 'bf16'")
+    if max_bytes < 0: raise ValueError(f'set_weight_cache: max_bytes={max_bytes}, expected 0 or more')
+    layers, taken, left = packed_layers(model), {}, max_bytes
+    for m in layers.values(): _dense_cache.pop(m, None)
+    for n, m in sorted(layers.items(), key=lambda o: -math.prod(o[1].weight_shape)*o[1].scheme.n_codebooks):
+        size = math.prod(m.weight_shape)*(1 if dtype == 'int8' else 2)
+        if size > left or m.scales.device.type != 'cpu' or (dtype == 'int8' and m.codebooks is not None and m.codebooks.dtype != torch.int8): continue
+        p, N = packed_of(m), math.prod(m.weight_shape[1:])
+        w = torch.from_numpy(int8_weight(p, N)) if dtype == 'int8' else torch.from_numpy(decode_dense(p, N)).bfloat16()
+        _dense_cache[m] = _stamp(m), w
+        taken[n], left = size, left - size
+    return taken
+
+def _run_cached(layer, p, x):
+    w = _dense_cache[layer][1]
+    w = w.float()
+    if _dense_cache[layer][1].dtype == torch.int8: w *= layer.scales.float()[:, None]
+    return layer.dense(x, w.reshape(layer.weight_shape))
+
+def _own_cached(layer, x):
+    held = _dense_cache.get(layer)
+    if held is None: return 'no cached weight; see set_weight_cache'
+    if held[0] != _stamp(layer): return 'the cached weight is out of date; call set_weight_cache again'
+
+_register('cached', _own_cached, _run_cached, 11)
