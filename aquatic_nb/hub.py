@@ -9,7 +9,7 @@ __all__ = ['FORMAT_VERSION', 'CHECKSUMS', 'DTYPES', 'checksum', 'entry_checksum'
            'dense_layers', 'dequantize', 'model_class', 'weight_files', 'load_quantized', 'save_quantized',
            'lora_config']
 
-# %% ../nbs/14_hub.ipynb #b60be5b7
+# %% ../nbs/14_hub.ipynb #b772e166
 import importlib
 import json
 import math
@@ -32,7 +32,7 @@ from .act import ActQuant, bind_timestep, skip_splits
 from .aq import AQTensor, Scheme, n_groups
 from .layers import AQConv2d, AQLayer, AQLinear, from_aq, packed_layers, swap
 
-# %% ../nbs/14_hub.ipynb #f2540b99
+# %% ../nbs/14_hub.ipynb #32f80b83
 FORMAT_VERSION = 1
 CHECKSUMS = 'aquatic.checksums'
 DTYPES = {'F64': torch.float64, 'F32': torch.float32, 'F16': torch.float16, 'BF16': torch.bfloat16, 'I64': torch.int64, 'I32': torch.int32,
@@ -66,7 +66,7 @@ def checksums(
     rows = [checksum(n, _NAMES[t.dtype], t.shape, _raw(t)) for n, t in sorted(tensors.items())] + [entry_checksum(entry)]
     return torch.tensor([list(r) for r in rows], dtype=torch.uint8)
 
-# %% ../nbs/14_hub.ipynb #774059f8
+# %% ../nbs/14_hub.ipynb #d16c6162
 def shared_codebooks(
     model:nn.Module, # a model with packed layers
 )->dict:             # name of the first layer -> names of the others, where there are others
@@ -97,10 +97,10 @@ def file_tensors(
     for n, t in out.items(): # safetensors refuses tensors that share memory
         if t.numel() and t.data_ptr() in seen: out[n] = t.clone()
         seen.add(t.data_ptr())
-    out.update({f'{n}.weight': torch.empty(0, dtype=torch.uint8) for n in packed_names(state)})
+    out.update({f'{n}.weight': torch.empty((0,) if f'{n}.codebooks' in state else (0, 1), dtype=torch.uint8) for n in packed_names(state)})
     return {**out, CHECKSUMS: checksums(out, entry)}
 
-# %% ../nbs/14_hub.ipynb #9029581e
+# %% ../nbs/14_hub.ipynb #e128d8c1
 class AquaticMethod(str, Enum):
     "The name under which diffusers knows this package."
     AQUATIC = 'aquatic'
@@ -145,7 +145,7 @@ class AquaticConfig(QuantizationConfigMixin):
 
 auto.AUTO_QUANTIZATION_CONFIG_MAPPING['aquatic'] = AquaticConfig # in place of the stand-in from `core`
 
-# %% ../nbs/14_hub.ipynb #f1ac4f81
+# %% ../nbs/14_hub.ipynb #dd157da0
 def _entry(path, name, e, size):
     "One line of a safetensors header as (dtype, shape, begin, end); ValueError where it cannot be right."
     lead = f'{path}: tensor {name!r}'
@@ -173,7 +173,7 @@ def read_header(
     if sum(b - a for _, _, a, b in found.values()) != size - 8 - n: raise ValueError(f'{path}: tensors do not fill the file; get it again')
     return {name: (dtype, shape, a + 8 + n, b + 8 + n) for name, (dtype, shape, a, b) in found.items()}
 
-# %% ../nbs/14_hub.ipynb #681adeca
+# %% ../nbs/14_hub.ipynb #6302d88a
 class StoredModel:
     "The tensors of one model's files, by name."
     def __init__(self,
@@ -212,7 +212,7 @@ class StoredModel:
         if table[-4:] != entry_checksum(entry):
             raise ValueError(f'{self.paths[0]}: the entry "quantization_config" of config.json is not the one this model was saved with; restore config.json')
 
-# %% ../nbs/14_hub.ipynb #890ea347
+# %% ../nbs/14_hub.ipynb #f03099b8
 def stored_scheme(
     stored:StoredModel, # the files
     name:str,           # packed layer
@@ -221,11 +221,14 @@ def stored_scheme(
 )->Scheme:
     "The scheme that the stored tensors of one layer imply; ValueError where there is none."
     e, lead = stored.entries, f'{stored.where[f"{name}.scales"]}: layer {name!r}'
-    if f'{books}.codebooks' not in e:
+    mark = e.get(f'{name}.weight', ('', None))[:2]
+    if mark not in (('U8', (0,)), ('U8', (0, 1))): raise ValueError(f'{lead}: tensor {f"{name}.weight"!r} should be an empty uint8 of shape [0] or [0, 1], found {list(mark)}; get the file again')
+    if mark[1] == (0, 1):
         n = math.prod(shape)
         bits = 8 if f'{name}.codes' in e else math.prod(e[f'{name}.codes_hi'][1])*8//n
         if not 1 <= bits <= 8: raise ValueError(f'{lead}: no codebooks, and codes of {bits} bits; get the file again')
         return Scheme(1, bits, 1, 'int8', 'uniform')
+    if f'{books}.codebooks' not in e: raise ValueError(f'{lead}: tensor {f"{books}.codebooks"!r} is missing; get the file again')
     dtype, dims = e[f'{books}.codebooks'][:2]
     if dtype not in ('I8', 'F16') or len(dims) != 3: raise ValueError(f'{lead}: codebooks are {dtype} {list(dims)}, expected I8 or F16 [M, K, d]')
     M, K, d = dims
@@ -260,7 +263,7 @@ def stored_act(
         return ActQuant(bits, *parts, split=splits[name] if halves == 2 else None)
     except (ValueError, KeyError, IndexError, RuntimeError) as err: raise ValueError(f'{lead}: activation ranges are unusable ({err}); get the file again') from err
 
-# %% ../nbs/14_hub.ipynb #7e94ed96
+# %% ../nbs/14_hub.ipynb #643992ff
 def lay_out(
     model:nn.Module,     # the dense model on the meta device; changed in place
     stored:StoredModel,  # its files
@@ -298,7 +301,7 @@ def check_tensors(
         if shape != tuple(t.shape) or (DTYPES[dtype] != t.dtype if fixed else not DTYPES[dtype].is_floating_point):
             raise ValueError(f'{stored.where[n]}: tensor {n!r} is {dtype} {list(shape)}, expected {_NAMES[t.dtype] if fixed else "a floating dtype"} {list(t.shape)}; get the file again')
 
-# %% ../nbs/14_hub.ipynb #c046eb1d
+# %% ../nbs/14_hub.ipynb #b5ada23f
 def check_values(
     model:nn.Module, # loaded
     where:str,       # its file, for the message
@@ -316,7 +319,7 @@ def check_values(
             reach = int(layer.codebooks.int().abs().amax(1).sum(0).max())
             if reach > 127: raise ValueError(f'{where}: layer {name!r}: int8 codebooks can add up to {reach}, expected at most 127; get the file again')
 
-# %% ../nbs/14_hub.ipynb #01a74062
+# %% ../nbs/14_hub.ipynb #d5fba0cb
 if not hasattr(DiffusersQuantizer, 'get_state_dict_and_metadata'):
     raise ImportError('aquatic_nb.hub needs diffusers 0.40 or newer: older ones give a backend no say in what is saved; pip install -U diffusers')
 
@@ -378,7 +381,7 @@ class AquaticQuantizer(DiffusersQuantizer):
 
 auto.AUTO_QUANTIZER_MAPPING['aquatic'] = AquaticQuantizer
 
-# %% ../nbs/14_hub.ipynb #76740691
+# %% ../nbs/14_hub.ipynb #49bbf757
 def attach(
     model, # a diffusers model with packed layers
     bits=None, # what was asked for
@@ -419,7 +422,7 @@ def dequantize(
     model.is_quantized = False
     return model
 
-# %% ../nbs/14_hub.ipynb #e1051fce
+# %% ../nbs/14_hub.ipynb #264f972f
 def model_class(
     folder, # a diffusers model folder
 ):          # the class that its config.json names
@@ -464,9 +467,9 @@ def load_quantized(
     except (TypeError, KeyError, AttributeError, IndexError, ZeroDivisionError, NotImplementedError) as e: # from inside diffusers
         raise ValueError(f'{path}: no {cls.__name__} can be built from it ({type(e).__name__}: {str(e)[:200]}); get the file again') from e
 
-# %% ../nbs/14_hub.ipynb #ca2e7b68
+# %% ../nbs/14_hub.ipynb #08a8271b
 def save_quantized(
-    model,       # a packed model, see `attach`
+    model,       # a packed model, see `attach`, or a pipeline that holds one
     folder,      # where to; made, must not exist
     force=False, # replace a folder that exists
     **kwargs,    # for `save_pretrained`, e.g. max_shard_size, variant
@@ -481,7 +484,7 @@ def save_quantized(
     try:
         new, old = tmp/'new', tmp/'old'
         model.save_pretrained(new, safe_serialization=True, **kwargs)
-        for f in new.iterdir():
+        for f in (o for o in new.rglob('*') if o.is_file()):
             with open(f, 'rb+') as h: os.fsync(h.fileno())
         if folder.exists(): os.replace(folder, old)
         os.replace(new, folder)
@@ -489,7 +492,7 @@ def save_quantized(
     finally: shutil.rmtree(tmp, ignore_errors=True)
     return folder
 
-# %% ../nbs/14_hub.ipynb #74ab66c2
+# %% ../nbs/14_hub.ipynb #8c544bf6
 _MERGE_FIRST = 'merge it into the dense model (hub.dequantize gives one) and quantize that'
 
 def _no_merge(self, *args, **kwargs): raise ValueError(f'merge: a packed layer cannot take in an adapter; keep it as an adapter, or {_MERGE_FIRST}')

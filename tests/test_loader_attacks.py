@@ -214,7 +214,7 @@ def _mutate_tensor(folder, r):
     elif what == 'drop': del t[r.choice([n, CHECKSUMS, *[k for k in t if not t[k].numel()][:3]])]
     elif what == 'add': t[r.choice([n + '2', 'evil', 'conv_in.codes', 'conv_in.scales', f'{LAYER}.act.scale2', 'aquatic.more'])] = r.choice([torch.zeros(3), t[n].clone(), torch.empty(0)])
     elif what == 'huge int8': n = first(t, '.codebooks', torch.int8); t[n] = torch.full_like(t[n], 100)
-    elif what == 'act': n = r.choice([k for k in names if '.act.' in k and not k.endswith('timesteps')]); t[n] = t[n]*r.choice([-1., float('nan'), 1e9]) - 1
+    elif what == 'act': n = r.choice([k for k in names if '.act.' in k and not k.endswith('timesteps')]); t[n] = t[n]*r.choice([-1., float('nan')]) - 1
     elif what == 'codebook size': n = r.choice([k for k in names if k.endswith('.codebooks')]); t[n] = t[n][:, :r.choice([0, 1, 3, 5, t[n].shape[1]//2])]
     rewrite(folder, t, sums=what != 'drop' or CHECKSUMS in t)
     return what

@@ -1,0 +1,127 @@
+"""The command line as a person or a script meets it: results on stdout, messages on stderr, exit codes, nothing overwritten."""
+import aquatic_nb # first: torchvision may lack its operators
+import json, os, signal, subprocess, sys, time
+from pathlib import Path
+
+import pytest
+
+from aquatic_nb import cli
+from aquatic_nb.core import work_lock
+from packed_models import conditional, ddpm, pack_model, plain
+
+def aquatic(capsys, *args):
+    "Run a command in this process."
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as e: cli.main([str(a) for a in args])
+    out, err = capsys.readouterr()
+    return e.value.code or 0, out, err
+
+QUICK = ['--no-calibration', '--bits', '6']
+
+@pytest.fixture(scope='module')
+def pipe_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('cli')/'dense pipe é'
+    ddpm(plain()).save_pretrained(folder)
+    return folder
+
+@pytest.fixture(scope='module')
+def packed(pipe_folder):
+    with pytest.raises(SystemExit) as e: cli.main(['quantize', str(pipe_folder), str(pipe_folder.parent/'small'), *QUICK])
+    assert not e.value.code
+    return pipe_folder.parent/'small'
+
+def test_quantize_a_pipeline(packed, capsys):
+    assert (packed/'model_index.json').exists() and not packed.with_name('small.work').exists()
+    code, out, err = aquatic(capsys, 'info', packed, '--json')
+    found = json.loads(out)
+    assert code == 0 and found['packed_layers'] > 20 and found['bits'] <= 6 and len(found['layers']) == found['packed_layers'] + found['dense_layers']
+    assert found['file_bytes'] == sum(f.stat().st_size for f in (packed/'unet').glob('*.safetensors'))
+    code, out, err = aquatic(capsys, 'info', packed, '--layers')
+    assert code == 0 and 'mid_block' in out and 'kernels' in out
+
+def test_quantize_a_model_folder(tmp_path, capsys):
+    conditional().save_pretrained(tmp_path/'dense')
+    code, out, err = aquatic(capsys, 'quantize', tmp_path/'dense', tmp_path/'small', '--json', *QUICK)
+    assert code == 0, err
+    assert json.loads(out)['bits'] <= 6 and 'GB of memory' in err
+    code, out, err = aquatic(capsys, 'quantize', tmp_path/'small', tmp_path/'again', *QUICK)
+    assert code == 2 and 'already quantized' in err
+
+def test_plan_reads_no_weights(pipe_folder, tmp_path, capsys):
+    import shutil
+    shutil.copytree(pipe_folder, tmp_path/'p')
+    for f in (tmp_path/'p').rglob('*.safetensors'): f.unlink()
+    code, out, err = aquatic(capsys, 'quantize', tmp_path/'p', '--plan', '--bits', '6', '--json')
+    assert code == 0, err
+    assert json.loads(out)['layers'] and sorted(o.name for o in tmp_path.iterdir()) == ['p']
+
+@pytest.mark.parametrize('args, says', [
+    (['quantize', 'nowhere', 'DST'], 'does not exist'), (['quantize', 'SRC', 'SRC'], '--force'), (['quantize', 'SRC'], 'DST'), (['quantize', 'EMPTY', 'DST'], 'no diffusers model'),
+    (['quantize', 'SRC', 'DST', '--bits', '0'], 'bits'), (['quantize', 'SRC', 'DST', '--bits', '9'], 'bits'), (['quantize', 'SRC', 'DST', '--bits', 'nan'], 'bits'), (['quantize', 'SRC', 'DST', '--bits', 'two'], '--bits'),
+    (['quantize', 'SRC', 'DST', '--act-bits', '1'], 'act-bits'), (['quantize', 'SRC', 'DST', '--part', 'vae'], 'vae'), (['quantize', 'SRC/model_index.json', 'DST'], 'is a file'),
+    (['sample', 'nowhere'], 'does not exist'), (['sample', 'SRC/unet'], 'not a pipeline'), (['sample', 'SRC', '--n', '0'], '--n'), (['sample', 'SRC', '--classes', 'a'], 'numbers'), (['sample', 'SRC', '--out', 'SRC'], 'not empty'),
+    (['evaluate', 'SRC', '--n', '2', '--steps', '1'], '--against'), (['info', 'EMPTY'], 'config.json'), (['bench', 'SRC'], 'not packed'), (['convert-ldm4', 'nowhere.ckpt', 'DST'], 'does not exist'),
+    (['demo', '--out', 'SRC'], 'not empty'), (['nonsense'], 'nonsense'), (['quantize', 'SRC', 'DST', '--nonsense'], 'nonsense')], ids=lambda a: ' '.join(a) if isinstance(a, list) else '')
+def test_bad_input(pipe_folder, tmp_path, capsys, args, says):
+    (tmp_path/'empty').mkdir()
+    args = [str(a).replace('SRC', str(pipe_folder)).replace('DST', str(tmp_path/'dst')).replace('EMPTY', str(tmp_path/'empty')) for a in args]
+    code, out, err = aquatic(capsys, *args)
+    assert code == 2 and says in err and out == '' and 'Traceback' not in err, err
+    assert not (tmp_path/'dst').exists()
+
+def test_no_memory(pipe_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(cli, 'free_memory', lambda: 2**20)
+    code, out, err = aquatic(capsys, 'quantize', pipe_folder, tmp_path/'dst')
+    assert code == 3 and 'free' in err and not (tmp_path/'dst').exists()
+
+def test_damaged_source(packed, tmp_path, capsys):
+    import shutil
+    shutil.copytree(packed, tmp_path/'m')
+    path = tmp_path/'m'/'unet'/'diffusion_pytorch_model.safetensors'
+    raw = bytearray(path.read_bytes()); raw[-50] ^= 1; path.write_bytes(raw)
+    code, out, err = aquatic(capsys, 'info', tmp_path/'m')
+    assert code == 2 and 'checksum' in err and str(path) in err
+
+def test_unwritable_destination(pipe_folder, tmp_path, capsys):
+    (tmp_path/'file').write_text('')
+    code, out, err = aquatic(capsys, 'quantize', pipe_folder, tmp_path/'file'/'dst', '--work-dir', tmp_path/'w', *QUICK)
+    assert code == 4 and 'cannot write' in err
+
+def test_work_dir_in_use(pipe_folder, tmp_path, capsys):
+    with work_lock(tmp_path/'w'):
+        code, out, err = aquatic(capsys, 'quantize', pipe_folder, tmp_path/'dst', '--work-dir', tmp_path/'w', *QUICK)
+    assert code == 2 and 'in use' in err
+
+def test_sample_and_evaluate(packed, pipe_folder, tmp_path, capsys):
+    for folder in ('a', 'b'):
+        code, out, err = aquatic(capsys, 'sample', packed, '--out', tmp_path/folder, '--n', 3, '--steps', 2, '--seed', 5, '--json')
+        assert code == 0 and len(json.loads(out)['images']) == 3, err
+    assert [(tmp_path/'a'/f.name).read_bytes() == f.read_bytes() for f in sorted((tmp_path/'b').iterdir())] == [True]*3
+    code, out, err = aquatic(capsys, 'evaluate', packed, '--against', pipe_folder, '--n', 3, '--steps', 2, '--json')
+    assert code == 0 and json.loads(out)['psnr_db'] > 10
+
+def test_bench(packed, capsys):
+    code, out, err = aquatic(capsys, 'bench', packed, '--batch', 1, '--repeats', 1, '--json')
+    assert code == 0, err
+    assert {'dense', 'unpacked'} <= set(json.loads(out)['seconds'])
+
+def test_version_and_help(capsys):
+    code, out, err = aquatic(capsys, 'version', '--json')
+    assert code == 0 and json.loads(out)['aquatic_nb'] == aquatic_nb.__version__
+    for command in ('quantize', 'sample', 'evaluate', 'info', 'bench', 'demo', 'convert-ldm4', 'version'):
+        code, out, err = aquatic(capsys, command, '--help')
+        assert code == 0 and 'Usage: aquatic ' + command in out
+
+def test_interrupt_can_be_resumed(pipe_folder, tmp_path):
+    "Ctrl-C in the middle: code 130, a message that says how to go on, and the same bytes in the end."
+    cmd = [sys.executable, '-c', 'from aquatic_nb.cli import main; main()', 'quantize', str(pipe_folder), str(tmp_path/'dst'), *QUICK]
+    run = subprocess.Popen(cmd, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    work, end = tmp_path/'dst.work', time.time() + 120
+    while len(list(work.glob('*.safetensors'))) < 3 and run.poll() is None and time.time() < end: time.sleep(.02)
+    run.send_signal(signal.SIGINT)
+    out, err = run.communicate(timeout=120)
+    if run.returncode != 0: # it may have been quicker than we
+        assert run.returncode == 130 and 'run the same command again' in err and work.exists() and not (tmp_path/'dst').exists(), err[-800:]
+        assert subprocess.run(cmd, capture_output=True).returncode == 0
+    with pytest.raises(SystemExit): cli.main(['quantize', str(pipe_folder), str(tmp_path/'whole'), *QUICK])
+    for f in (tmp_path/'whole').rglob('*.safetensors'): assert f.read_bytes() == (tmp_path/'dst'/f.relative_to(tmp_path/'whole')).read_bytes()
