@@ -6,8 +6,9 @@
 __all__ = ['to_epsilon', 'ddim_step', 'shifted_timesteps', 'walk', 'record_inputs', 'auto_inputs', 'calibration_batches',
            'input_rows', 'Moments', 'execution_order', 'single_thread', 'in_order', 'input_moments']
 
-# %% ../nbs/05_calib.ipynb #8c94e920
+# %% ../nbs/05_calib.ipynb #fb055527
 import inspect
+import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from .core import generator, progress
 from .kaq import packable
 
-# %% ../nbs/05_calib.ipynb #439c0d0a
+# %% ../nbs/05_calib.ipynb #266a6560
 def to_epsilon(
     out:Tensor,    # the model's output
     x:Tensor,      # x_t it was given
@@ -56,7 +57,7 @@ def shifted_timesteps(
     shift = torch.ones(n, dtype=torch.long) if gen is None else torch.randint(0, stride, (n,), generator=gen)
     return (base[:, None] + shift).clamp(0, train_steps - 1)
 
-# %% ../nbs/05_calib.ipynb #714598a3
+# %% ../nbs/05_calib.ipynb #31bfe269
 @torch.no_grad()
 def walk(
     model:nn.Module,      # denoiser, called as model(**inputs)
@@ -91,7 +92,7 @@ def walk(
         x = ddim_step(x, to_epsilon(out, x, a.to(x.dtype), kind), abar[t], after)
     return batches
 
-# %% ../nbs/05_calib.ipynb #3dac79bf
+# %% ../nbs/05_calib.ipynb #00362835
 def record_inputs(
     model:nn.Module, # the denoiser inside `call`
     call,            # function without arguments that runs the model
@@ -129,7 +130,7 @@ def _call_pipeline(pipe, model, n, steps, seed):
     elif 'batch_size' in names: kw['batch_size'] = n
     return record_inputs(model, lambda: pipe(**kw))
 
-# %% ../nbs/05_calib.ipynb #0a7883ce
+# %% ../nbs/05_calib.ipynb #d7df6d8d
 def auto_inputs(
     model:nn.Module, # diffusers denoiser
     n:int,           # samples
@@ -184,7 +185,7 @@ class _WithExtra(nn.Module):
     def __init__(self, model, extra): super().__init__(); self.model, self.extra = model, extra
     def forward(self, **inputs): return self.model(**inputs, added_cond_kwargs=self.extra)
 
-# %% ../nbs/05_calib.ipynb #f2a921b7
+# %% ../nbs/05_calib.ipynb #de1ece7c
 def input_rows(
     module:nn.Module,   # Conv2d or Linear
     x:Tensor,           # its input
@@ -203,13 +204,21 @@ def input_rows(
     if getattr(module, 'groups', 1) > 1: rows = rows.reshape(len(rows), module.groups, -1).transpose(0, 1)
     return rows
 
-# %% ../nbs/05_calib.ipynb #20550c31
+# %% ../nbs/05_calib.ipynb #b8b3c113
 @dataclass
 class Moments:
     "Second moments of a layer's inputs."
     H:Tensor          # [N, N] mean of x' x'^T, float32
     D:Tensor|None     # [N, N] mean of (x - x') x'^T; None if there is no reference
     rows:int          # vectors seen
+    mean:Tensor|None=None  # [N] mean of x'; None for grouped convolutions
+    shift:Tensor|None=None # [N] mean of x - x'
+
+    def centred(self):
+        "The same moments about the mean: what is left for the weight when the bias takes care of the mean."
+        if self.mean is None: return self
+        D = None if self.D is None else self.D - torch.outer(self.shift, self.mean)
+        return Moments(self.H - torch.outer(self.mean, self.mean), D, self.rows, self.mean, self.shift)
 
 class _Stop(Exception): "Raised by a hook when everything that was asked for has been seen."
 
@@ -231,7 +240,7 @@ def _first_extra(inputs):
     extra = inputs.get('added_cond_kwargs')
     return {} if extra is None else {'added_cond_kwargs': {k: v[:1] for k, v in extra.items()}}
 
-# %% ../nbs/05_calib.ipynb #cb98b5a5
+# %% ../nbs/05_calib.ipynb #2453b8e0
 @contextmanager
 def single_thread():
     "One intra-op thread for the calling thread: sums are then added in one order, whatever the machine."
@@ -295,12 +304,13 @@ def _pads(conv):
     p = conv._reversed_padding_repeated_twice                # (left, right, top, bottom)
     return (p[2], p[3]), (p[0], p[1])
 
-# %% ../nbs/05_calib.ipynb #c1425f17
+# %% ../nbs/05_calib.ipynb #976233a5
 def _products(x, x0):
-    "Sums of x x^T and of (x0 - x) x^T over rows; grouped convolutions: averaged over groups."
-    mean = (lambda t: t) if x.dim() == 2 else (lambda t: t.mean(0))
-    xt = x.transpose(-1, -2)
-    return mean(xt @ x), 0 if x0 is None else mean((x0 - x).transpose(-1, -2) @ x), x.shape[-2]
+    "Sums over rows: x x^T, (x0 - x) x^T, x, x0 - x, and their number; grouped convolutions: averaged over groups, without the means."
+    k, xt = x.shape[-2], x.transpose(-1, -2)
+    away = torch.zeros_like(x) if x0 is None else x0 - x
+    if x.dim() == 3: return (xt @ x).mean(0), (away.transpose(-1, -2) @ x).mean(0), math.nan, math.nan, k
+    return xt @ x, 0 if x0 is None else away.T @ x, x.sum(0), away.sum(0), k
 
 def input_moments(
     model:nn.Module,          # the model whose inputs are measured (prefix already quantized, or not)
@@ -323,11 +333,10 @@ def input_moments(
     sums, alias = {}, {}
     try:
         for part, alias in in_order(one, enumerate(batches), workers):
-            for n, (h, d, k) in part.items():
-                H, D, K = sums.get(n, (0, 0, 0))
-                sums[n] = (H + h, D + d, K + k)
+            for n, new in part.items(): sums[n] = tuple(a + b for a, b in zip(sums.get(n, (0,)*5), new))
     finally:
         catch.close()
         if ref is not None: ref.close()
-    found = {n: Moments(h/k, None if reference is None else d/k, k) for n, (h, d, k) in sums.items()}
+    mean = lambda v, k: v/k if torch.is_tensor(v) else None
+    found = {n: Moments(h/k, mean(d, k) if reference is not None else None, k, mean(a, k), mean(b, k)) for n, (h, d, a, b, k) in sums.items()}
     return {n: found[alias[n]] for n in names if n in alias}
