@@ -9,7 +9,7 @@ __all__ = ['app', 'BAD_INPUT', 'NO_MEMORY', 'IO_FAILED', 'INTERRUPTED', 'UsageEr
            'sample_images', 'save_images', 'sample', 'compare', 'evaluate', 'info', 'bench', 'median_seconds',
            'convert', 'version', 'demo', 'run_demo', 'out_size', 'side_by_side', 'report_text']
 
-# %% ../nbs/18_cli.ipynb #7830ec4b
+# %% ../nbs/18_cli.ipynb #5beb591d
 import inspect
 import json
 import math
@@ -27,7 +27,7 @@ import typer
 import aquatic_nb
 from .core import generator, machine, progress, write_atomic
 
-# %% ../nbs/18_cli.ipynb #3311de32
+# %% ../nbs/18_cli.ipynb #72d280fe
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
                   help='Diffusion models at two bits a weight. Results go to stdout, messages to stderr; --json makes results machine-readable.')
 BAD_INPUT, NO_MEMORY, IO_FAILED, INTERRUPTED = 2, 3, 4, 130
@@ -50,6 +50,7 @@ def give(
     if as_json: print(json.dumps(result, indent=2, default=str))
     else: print(text if text is not None else '\n'.join(f'{k}: {v}' for k, v in result.items()))
 
+# %% ../nbs/18_cli.ipynb #d379b9a2
 def main(
     args=None, # arguments; None: those of the process
 ):
@@ -67,9 +68,10 @@ def main(
     say(f'aquatic: {text}')
     sys.exit(code)
 
-# %% ../nbs/18_cli.ipynb #5d69cb31
+# %% ../nbs/18_cli.ipynb #43d28379
 SHIPPED = ('mini-ldm',)
 
+# %% ../nbs/18_cli.ipynb #cd7db2f6
 @dataclass(frozen=True)
 class Source:
     "A model, or a pipeline with one, on disk."
@@ -79,6 +81,7 @@ class Source:
     @property
     def model_path(self): return self.path if self.part is None else self.path/self.part
 
+# %% ../nbs/18_cli.ipynb #da9ef6d0
 def find_source(
     src:str,           # folder, or name of a shipped model
     part:str|None=None,# which component of a pipeline; None: unet, else transformer
@@ -95,6 +98,7 @@ def find_source(
     if (path/'config.json').is_file(): return Source(path, None)
     raise ValueError(f'{src!r} holds neither model_index.json nor config.json: no diffusers model or pipeline; give the folder that does')
 
+# %% ../nbs/18_cli.ipynb #533d56a0
 def load_pipeline(
     source:Source,     # a pipeline
     **components,      # instead of those on disk
@@ -109,7 +113,7 @@ def load_pipeline(
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
-# %% ../nbs/18_cli.ipynb #1183ad20
+# %% ../nbs/18_cli.ipynb #50f44a4b
 def free_memory()->int|None: # bytes, or None where the system does not tell
     "Memory that a process can still get, container limits included."
     info = Path('/proc/meminfo')
@@ -119,6 +123,7 @@ def free_memory()->int|None: # bytes, or None where the system does not tell
     if limit.exists() and used.exists() and (text := limit.read_text(encoding='ascii').strip()) != 'max': free = min(free, int(text) - int(used.read_text(encoding='ascii')))
     return free
 
+# %% ../nbs/18_cli.ipynb #a031657e
 def memory_needed(
     model,           # the model, on the meta device or not
     bits:float,      # asked for
@@ -134,6 +139,7 @@ def memory_needed(
                 encoder=16*max(numels), libraries=2**29)
     return {**need, 'total': sum(need.values())}
 
+# %% ../nbs/18_cli.ipynb #f92abea2
 def check_memory(
     need:dict,      # as `memory_needed` tells
     free:int|None,  # as `free_memory` tells
@@ -145,7 +151,7 @@ def check_memory(
     hint = f'--memory {fits/2**30:.1f} would fit' if fits > 2**28 else '--no-calibration needs no moments' if free > need['total'] - need['moments'] else 'it needs a larger machine'
     raise NotEnoughMemory(f'this needs about {gb(need["total"])} ({", ".join(f"{k} {gb(v)}" for k, v in need.items() if k != "total")}), and {gb(free)} are free; {hint}')
 
-# %% ../nbs/18_cli.ipynb #b9056214
+# %% ../nbs/18_cli.ipynb #a799df1c
 def empty_model(
     folder, # a model folder
 ):          # the model on the meta device
@@ -155,6 +161,7 @@ def empty_model(
     if config.get('quantization_config'): raise ValueError(f'{str(folder)!r} is already quantized ({config["quantization_config"].get("quant_method")}); give the dense model')
     with import_module('accelerate').init_empty_weights(): return cls.from_config(config)
 
+# %% ../nbs/18_cli.ipynb #ab5ab490
 def plan_text(
     table, # as `quant.plan` gives
 )->str:
@@ -163,25 +170,29 @@ def plan_text(
     by = table.groupby(['kind', 'scheme'], sort=False).agg(layers=('layer', 'size'), bytes=('bytes', 'sum')).reset_index()
     return f'{by.to_string(index=False)}\n{len(table) - len(kept)} layers to pack, {len(kept)} stay dense, {table.bytes.sum():,} bytes together'
 
+# %% ../nbs/18_cli.ipynb #e3ac7b79
 Json = Annotated[bool, typer.Option('--json', help='Print the result as one JSON object.')]
 Force = Annotated[bool, typer.Option('--force', help='Replace what is there.')]
 Seed = Annotated[int, typer.Option(help='Seed of everything random: same seed, same result.')]
 
+# %% ../nbs/18_cli.ipynb #da3589f8
 @app.command()
 def quantize(
-    src:Annotated[str, typer.Argument(help='A diffusers model folder, a pipeline folder, or the name of a shipped model (mini-ldm).')],
-    dst:Annotated[Optional[Path], typer.Argument(help='Where the result goes: the same kind of folder as SRC.')]=None,
-    bits:Annotated[float, typer.Option(help='Average stored bits a weight, everything counted, 1 to 8.')]=2.,
-    act_bits:Annotated[Optional[int], typer.Option(help='Bits of activations, 2 to 8; left alone where not given.')]=None,
-    tune:Annotated[Optional[float], typer.Option(help='Minutes of fine-tuning against the original model.')]=None,
-    plan:Annotated[bool, typer.Option('--plan', help='Say what would be done, and stop.')]=False,
-    calibration:Annotated[bool, typer.Option('--calibration/--no-calibration', help='Measure what flows into each layer (no data needed).')]=True,
-    uniform:Annotated[bool, typer.Option('--uniform', help='One setting for all layers instead of what each one bears.')]=False,
-    part:Annotated[Optional[str], typer.Option(help='Component of the pipeline; unet or transformer where not given.')]=None,
-    work_dir:Annotated[Optional[Path], typer.Option(help='Keeps finished layers; DST with .work appended where not given.')]=None,
-    memory:Annotated[float, typer.Option(help='GB for input statistics held at once.')]=4.,
-    trajectories:Annotated[int, typer.Option(help='Calibration trajectories.')]=24,
-    seed:Seed=0, force:Force=False, as_json:Json=False,
+    src:Annotated[str, typer.Argument(help='A diffusers model folder, a pipeline folder, or the name of a shipped model (mini-ldm).')], # what to work on
+    dst:Annotated[Optional[Path], typer.Argument(help='Where the result goes: the same kind of folder as SRC.')]=None, # where the result goes
+    bits:Annotated[float, typer.Option(help='Average stored bits a weight, everything counted, 1 to 8.')]=2., # stored bits a weight
+    act_bits:Annotated[Optional[int], typer.Option(help='Bits of activations, 2 to 8; left alone where not given.')]=None, # bits of activations
+    tune:Annotated[Optional[float], typer.Option(help='Minutes of fine-tuning against the original model.')]=None, # minutes of fine-tuning
+    plan:Annotated[bool, typer.Option('--plan', help='Say what would be done, and stop.')]=False, # only say what would be done
+    calibration:Annotated[bool, typer.Option('--calibration/--no-calibration', help='Measure what flows into each layer (no data needed).')]=True, # measure inputs
+    uniform:Annotated[bool, typer.Option('--uniform', help='One setting for all layers instead of what each one bears.')]=False, # one setting for all layers
+    part:Annotated[Optional[str], typer.Option(help='Component of the pipeline; unet or transformer where not given.')]=None, # component of the pipeline
+    work_dir:Annotated[Optional[Path], typer.Option(help='Keeps finished layers; DST with .work appended where not given.')]=None, # keeps finished layers
+    memory:Annotated[float, typer.Option(help='GB for input statistics held at once.')]=4., # GB for input statistics
+    trajectories:Annotated[int, typer.Option(help='Calibration trajectories.')]=24, # calibration trajectories
+    seed:Seed=0, # of everything random
+    force:Force=False, # replace what is there
+    as_json:Json=False, # result as JSON
 ):
     "Pack a model to few bits a weight; an interrupted run goes on when started again."
     if not 1 <= bits <= 8: raise ValueError(f'--bits {bits:g} is out of range, expected 1 to 8 (2 to 4 are usual)')
@@ -201,7 +212,7 @@ def quantize(
     result = run_quantize(source, dst, work_dir or dst.with_name(dst.name + '.work'), calibration, force, settings)
     give(result, as_json)
 
-# %% ../nbs/18_cli.ipynb #48a96b48
+# %% ../nbs/18_cli.ipynb #391af053
 def run_quantize(
     source:Source,    # what to quantize
     dst:Path,         # where to
@@ -229,7 +240,7 @@ def run_quantize(
     return dict(dst=str(dst), layers=len(import_module('aquatic_nb.layers').packed_layers(model)), bits=round(report['bits'], 4), bits_all_parameters=round(report['bits_all'], 4),
                 file_bytes=size, seconds=round(time.perf_counter() - start, 1))
 
-# %% ../nbs/18_cli.ipynb #375d56cb
+# %% ../nbs/18_cli.ipynb #11594927
 def sample_images(
     pipe,           # a pipeline
     n:int,          # how many
@@ -259,6 +270,7 @@ def sample_images(
     bar.close()
     return torch.cat(out), labels
 
+# %% ../nbs/18_cli.ipynb #69a6b9ad
 def save_images(
     images, # [n, C, H, W] in 0..1
     labels, # for the names, may be empty
@@ -274,6 +286,7 @@ def save_images(
         paths.append(write_atomic(Path(folder)/name, lambda tmp: image.save(tmp, format='PNG')))
     return paths
 
+# %% ../nbs/18_cli.ipynb #3be4e068
 Steps = Annotated[int, typer.Option(help='Denoising steps.')]
 Guidance = Annotated[float, typer.Option(help='Guidance scale.')]
 
@@ -281,14 +294,19 @@ def _classes(text): # '0,3,5' -> [0, 3, 5]
     try: return [int(o) for o in text.split(',')] if text else None
     except ValueError as e: raise ValueError(f'--classes {text!r}: expected numbers with commas, e.g. 0,3,5') from e
 
+# %% ../nbs/18_cli.ipynb #64be62ec
 @app.command()
 def sample(
-    src:Annotated[str, typer.Argument(help='A pipeline folder, packed or not, or mini-ldm.')],
-    out:Annotated[Path, typer.Option(help='Folder for the PNG files.')]=Path('samples'),
-    n:Annotated[int, typer.Option(min=1, help='How many images.')]=10,
-    classes:Annotated[Optional[str], typer.Option(help='Class labels with commas; all in turn where not given.')]=None,
-    prompt:Annotated[Optional[str], typer.Option(help='For pipelines that take text.')]=None,
-    steps:Steps=20, guidance:Guidance=3., seed:Seed=0, force:Force=False, as_json:Json=False,
+    src:Annotated[str, typer.Argument(help='A pipeline folder, packed or not, or mini-ldm.')], # what to work on
+    out:Annotated[Path, typer.Option(help='Folder for the PNG files.')]=Path('samples'), # folder for the result
+    n:Annotated[int, typer.Option(min=1, help='How many images.')]=10, # images
+    classes:Annotated[Optional[str], typer.Option(help='Class labels with commas; all in turn where not given.')]=None, # labels with commas
+    prompt:Annotated[Optional[str], typer.Option(help='For pipelines that take text.')]=None, # text
+    steps:Steps=20, # denoising steps
+    guidance:Guidance=3., # guidance scale
+    seed:Seed=0, # of everything random
+    force:Force=False, # replace what is there
+    as_json:Json=False, # result as JSON
 ):
     "Sample images."
     source = find_source(src)
@@ -298,6 +316,7 @@ def sample(
     paths = save_images(images, labels, out)
     give(dict(folder=str(out), images=[o.name for o in paths], labels=labels, seconds=round(time.perf_counter() - start, 2)), as_json, f'{len(paths)} images in {out}')
 
+# %% ../nbs/18_cli.ipynb #f5a5f5f6
 def compare(
     images, labels, # of the model in question
     reference=None, # images of another model, same seeds and classes
@@ -312,14 +331,18 @@ def compare(
     if reference is not None: result['psnr_db'] = metrics.psnr_of((images - reference).double().square().mean((1, 2, 3)).numpy())
     return {k: round(v, 4) for k, v in result.items()}
 
+# %% ../nbs/18_cli.ipynb #cc5d3a8b
 @app.command()
 def evaluate(
-    src:Annotated[str, typer.Argument(help='A pipeline folder, packed or not, or mini-ldm.')],
-    against:Annotated[Optional[str], typer.Option(help='Another pipeline: PSNR at equal seeds is measured against its images.')]=None,
-    n:Annotated[int, typer.Option(min=1, help='How many images.')]=300,
-    classes:Annotated[Optional[str], typer.Option(help='Class labels with commas; all in turn where not given.')]=None,
-    prompt:Annotated[Optional[str], typer.Option(help='For pipelines that take text.')]=None,
-    steps:Steps=20, guidance:Guidance=3., seed:Seed=0, as_json:Json=False,
+    src:Annotated[str, typer.Argument(help='A pipeline folder, packed or not, or mini-ldm.')], # what to work on
+    against:Annotated[Optional[str], typer.Option(help='Another pipeline: PSNR at equal seeds is measured against its images.')]=None, # another pipeline
+    n:Annotated[int, typer.Option(min=1, help='How many images.')]=300, # images
+    classes:Annotated[Optional[str], typer.Option(help='Class labels with commas; all in turn where not given.')]=None, # labels with commas
+    prompt:Annotated[Optional[str], typer.Option(help='For pipelines that take text.')]=None, # text
+    steps:Steps=20, # denoising steps
+    guidance:Guidance=3., # guidance scale
+    seed:Seed=0, # of everything random
+    as_json:Json=False, # result as JSON
 ):
     "Measure a model: class accuracy (shipped model), and PSNR against another one at equal seeds. LDM-4 has its own evaluation in Python: aquatic_nb.ldm4."
     sources, found = [find_source(o) for o in (src, against) if o is not None], []
@@ -329,12 +352,12 @@ def evaluate(
     if not small and against is None: raise ValueError('for this model there is nothing to measure without a reference; give --against, e.g. the dense pipeline')
     give(compare(images, labels, found[1][0] if len(found) > 1 else None, small), as_json)
 
-# %% ../nbs/18_cli.ipynb #1116bd48
+# %% ../nbs/18_cli.ipynb #91412ada
 @app.command()
 def info(
-    src:Annotated[str, typer.Argument(help='A model or pipeline folder, or mini-ldm.')],
-    layers:Annotated[bool, typer.Option('--layers', help='Every layer, not only the totals.')]=False,
-    as_json:Json=False,
+    src:Annotated[str, typer.Argument(help='A model or pipeline folder, or mini-ldm.')], # what to work on
+    layers:Annotated[bool, typer.Option('--layers', help='Every layer, not only the totals.')]=False, # every layer
+    as_json:Json=False, # result as JSON
 ):
     "Look inside: layers, bits, sizes, kernels. Reads and checks the whole model."
     source, hub, kernels = find_source(src), import_module('aquatic_nb.hub'), import_module('aquatic_nb.layers')
@@ -347,13 +370,14 @@ def info(
     lines = '\n'.join(f'{k}: {v}' for k, v in result.items())
     give({**result, 'layers': table.to_dict('records')}, as_json, f'{table.to_string(index=False)}\n{lines}' if layers else lines)
 
+# %% ../nbs/18_cli.ipynb #38abc90f
 @app.command()
 def bench(
-    src:Annotated[str, typer.Argument(help='A packed model or pipeline folder.')],
-    batch:Annotated[int, typer.Option(min=1, help='Images in one call.')]=4,
-    repeats:Annotated[int, typer.Option(min=1, help='Timed calls; the median counts.')]=5,
-    threads:Annotated[Optional[int], typer.Option(min=1, help="Threads; torch's choice where not given.")]=None,
-    as_json:Json=False,
+    src:Annotated[str, typer.Argument(help='A packed model or pipeline folder.')], # what to work on
+    batch:Annotated[int, typer.Option(min=1, help='Images in one call.')]=4, # images in one call
+    repeats:Annotated[int, typer.Option(min=1, help='Timed calls; the median counts.')]=5, # timed calls
+    threads:Annotated[Optional[int], typer.Option(min=1, help="Threads; torch's choice where not given.")]=None, # of torch
+    as_json:Json=False, # result as JSON
 ):
     "Time one call of the denoiser, dense and with each kernel."
     source, hub, layers, calib = find_source(src), import_module('aquatic_nb.hub'), import_module('aquatic_nb.layers'), import_module('aquatic_nb.calib')
@@ -370,6 +394,7 @@ def bench(
     times['unpacked'] = median_seconds(lambda m=hub.dequantize(model): m(**call), repeats, 'unpacked')
     give(dict(machine=machine(), batch=batch, seconds={k: round(v, 5) for k, v in times.items()}), as_json)
 
+# %% ../nbs/18_cli.ipynb #d9dbb0a2
 def median_seconds(
     call,    # what to time
     repeats, # timed calls
@@ -383,39 +408,46 @@ def median_seconds(
             start = time.perf_counter(); call(); seen.append(time.perf_counter() - start)
     return sorted(seen)[len(seen)//2]
 
+# %% ../nbs/18_cli.ipynb #f539efed
 @app.command('convert-ldm4')
 def convert(
-    ckpt:Annotated[Path, typer.Argument(help='The original checkpoint, e.g. model.ckpt of cin256-v2.')],
-    dst:Annotated[Path, typer.Argument(help='A new folder for the diffusers pipeline.')],
-    config:Annotated[Optional[Path], typer.Option(help='The YAML of the original; LDM-4 ImageNet where not given.')]=None,
-    as_json:Json=False,
+    ckpt:Annotated[Path, typer.Argument(help='The original checkpoint, e.g. model.ckpt of cin256-v2.')], # original checkpoint
+    dst:Annotated[Path, typer.Argument(help='A new folder for the diffusers pipeline.')], # where the result goes
+    config:Annotated[Optional[Path], typer.Option(help='The YAML of the original; LDM-4 ImageNet where not given.')]=None, # the original's YAML
+    as_json:Json=False, # result as JSON
 ):
     "Turn an original LDM-4 checkpoint into a diffusers pipeline folder."
     if not ckpt.exists(): raise FileNotFoundError(f'{str(ckpt)!r} does not exist; give the original checkpoint file')
     give(dict(dst=str(import_module('aquatic_nb.zoo').convert_ldm4(ckpt, dst, config))), as_json)
 
+# %% ../nbs/18_cli.ipynb #df006e6e
 @app.command()
-def version(as_json:Json=False):
+def version(
+    as_json:Json=False, # result as JSON
+):
     "Versions and machine."
     found = {k: getattr(import_module(k), '__version__', '?') for k in ('diffusers', 'safetensors', 'numba')}
     give(dict(aquatic_nb=aquatic_nb.__version__, torch=torch.__version__, **found, machine=machine()), as_json, f'aquatic_nb {aquatic_nb.__version__}, torch {torch.__version__}, '
          + ', '.join(f'{k} {v}' for k, v in found.items()) + f'\n{machine()}')
 
-# %% ../nbs/18_cli.ipynb #94b5097b
+# %% ../nbs/18_cli.ipynb #92c4a10b
 @app.command()
 def demo(
-    out:Annotated[Path, typer.Option(help='Folder for the result.')]=Path('demo'),
-    bits:Annotated[float, typer.Option(help='Average stored bits a weight.')]=2.2,
-    act_bits:Annotated[Optional[int], typer.Option(help='Bits of activations.')]=None,
-    n:Annotated[Optional[int], typer.Option(min=10, help='Images to measure with; 200, or 2000 with --full.')]=None,
-    full:Annotated[bool, typer.Option('--full', help='More images, more calibration, and 10 minutes of tuning.')]=False,
-    seed:Seed=0, force:Force=False, as_json:Json=False,
+    out:Annotated[Path, typer.Option(help='Folder for the result.')]=Path('demo'), # folder for the result
+    bits:Annotated[float, typer.Option(help='Average stored bits a weight.')]=2.2, # stored bits a weight
+    act_bits:Annotated[Optional[int], typer.Option(help='Bits of activations.')]=None, # bits of activations
+    n:Annotated[Optional[int], typer.Option(min=10, help='Images to measure with; 200, or 2000 with --full.')]=None, # images
+    full:Annotated[bool, typer.Option('--full', help='More images, more calibration, and 10 minutes of tuning.')]=False, # take more time
+    seed:Seed=0, # of everything random
+    force:Force=False, # replace what is there
+    as_json:Json=False, # result as JSON
 ):
     "Quantize the shipped model and compare: pictures and a report, in a few minutes on two cores."
     if out.exists() and any(out.iterdir()) and not force: raise FileExistsError(f'{str(out)!r} exists and is not empty; give another folder, or --force')
     settings = dict(bits=bits, act_bits=act_bits, seed=seed, tune=10. if full else None, n_calibration=48 if full else 24)
     give(run_demo(out, settings, n or (2000 if full else 200)), as_json)
 
+# %% ../nbs/18_cli.ipynb #5a1e5ff6
 def run_demo(
     out:Path,     # folder for the result
     settings:dict,# for `quantize_unet`
@@ -447,11 +479,12 @@ def run_demo(
     write_atomic(out/'report.md', report_text(result, table).encode())
     return {'report': str(out/'report.md'), 'table': str(out/'report.csv'), 'pictures': str(out/'side_by_side.png'), 'model': str(out/'model'), **result}
 
+# %% ../nbs/18_cli.ipynb #20a74dcf
 def out_size(folder)->int: # bytes of the weight files of a model folder
     "Size of a model on disk."
     return sum(f.stat().st_size for f in Path(folder).glob('*.safetensors'))
 
-# %% ../nbs/18_cli.ipynb #c0e89617
+# %% ../nbs/18_cli.ipynb #6601fb26
 def side_by_side(
     before, # [n, C, H, W] full precision, in 0..1
     after,  # the same, quantized
@@ -474,6 +507,7 @@ def side_by_side(
     fig.savefig(path, format='png', dpi=90)
     plt.close(fig)
 
+# %% ../nbs/18_cli.ipynb #3e78d0c9
 def report_text(
     r:dict, # as `run_demo` found it
     table,  # as `quant_report` gives

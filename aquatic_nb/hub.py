@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['FORMAT_VERSION', 'CHECKSUMS', 'DTYPES', 'checksum', 'entry_checksum', 'checksums', 'shared_codebooks', 'packed_names',
            'file_tensors', 'AquaticMethod', 'AquaticConfig', 'read_header', 'StoredModel', 'stored_scheme',
-           'empty_layer', 'stored_act', 'lay_out', 'check_tensors', 'check_values', 'AquaticQuantizer', 'attach',
-           'dense_layers', 'dequantize', 'model_class', 'weight_files', 'load_quantized', 'save_quantized',
+           'empty_layer', 'stored_act', 'lay_out', 'check_tensors', 'check_values', 'pack_loaded', 'AquaticQuantizer',
+           'attach', 'dense_layers', 'dequantize', 'model_class', 'weight_files', 'load_quantized', 'save_quantized',
            'lora_config']
 
-# %% ../nbs/14_hub.ipynb #b772e166
+# %% ../nbs/14_hub.ipynb #0bea0827
 import importlib
 import json
 import math
@@ -32,7 +32,7 @@ from .act import ActQuant, bind_timestep, skip_splits
 from .aq import AQTensor, Scheme, n_groups
 from .layers import AQConv2d, AQLayer, AQLinear, from_aq, packed_layers, swap
 
-# %% ../nbs/14_hub.ipynb #32f80b83
+# %% ../nbs/14_hub.ipynb #2f59552e
 FORMAT_VERSION = 1
 CHECKSUMS = 'aquatic.checksums'
 DTYPES = {'F64': torch.float64, 'F32': torch.float32, 'F16': torch.float16, 'BF16': torch.bfloat16, 'I64': torch.int64, 'I32': torch.int32,
@@ -51,6 +51,7 @@ def checksum(
 
 def _raw(t): return t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
+# %% ../nbs/14_hub.ipynb #9f481a96
 def entry_checksum(
     entry:dict, # the `quantization_config` of config.json
 )->bytes:       # 4 bytes, little-endian
@@ -66,7 +67,7 @@ def checksums(
     rows = [checksum(n, _NAMES[t.dtype], t.shape, _raw(t)) for n, t in sorted(tensors.items())] + [entry_checksum(entry)]
     return torch.tensor([list(r) for r in rows], dtype=torch.uint8)
 
-# %% ../nbs/14_hub.ipynb #d16c6162
+# %% ../nbs/14_hub.ipynb #f23779aa
 def shared_codebooks(
     model:nn.Module, # a model with packed layers
 )->dict:             # name of the first layer -> names of the others, where there are others
@@ -83,6 +84,7 @@ def packed_names(
     names = set(names)
     return sorted(n[:-7] for n in names if n.endswith('.scales') and {n[:-6] + 'codes', n[:-6] + 'codes_hi'} & names)
 
+# %% ../nbs/14_hub.ipynb #b24879da
 def file_tensors(
     state:dict, # a packed model's `state_dict()`
     entry:dict, # the `quantization_config` of config.json
@@ -100,7 +102,7 @@ def file_tensors(
     out.update({f'{n}.weight': torch.empty((0,) if f'{n}.codebooks' in state else (0, 1), dtype=torch.uint8) for n in packed_names(state)})
     return {**out, CHECKSUMS: checksums(out, entry)}
 
-# %% ../nbs/14_hub.ipynb #e128d8c1
+# %% ../nbs/14_hub.ipynb #1451fbb1
 class AquaticMethod(str, Enum):
     "The name under which diffusers knows this package."
     AQUATIC = 'aquatic'
@@ -115,6 +117,7 @@ def _names_of(table):
     names = [o for k, v in table.items() for o in (k, *v)]
     if len(set(names)) < len(names): raise ValueError('AquaticConfig: shared_codebooks names a layer twice')
 
+# %% ../nbs/14_hub.ipynb #8dc8b357
 class AquaticConfig(QuantizationConfigMixin):
     "The `quantization_config` entry of a packed model, or what to do with a dense one while it is loaded."
     def __init__(self,
@@ -145,7 +148,7 @@ class AquaticConfig(QuantizationConfigMixin):
 
 auto.AUTO_QUANTIZATION_CONFIG_MAPPING['aquatic'] = AquaticConfig # in place of the stand-in from `core`
 
-# %% ../nbs/14_hub.ipynb #dd157da0
+# %% ../nbs/14_hub.ipynb #aa3b5603
 def _entry(path, name, e, size):
     "One line of a safetensors header as (dtype, shape, begin, end); ValueError where it cannot be right."
     lead = f'{path}: tensor {name!r}'
@@ -157,6 +160,7 @@ def _entry(path, name, e, size):
     if b - a != want or b > size: raise ValueError(f'{lead}: shape {shape} of {dtype} takes {want:,} bytes, the header gives it {b - a:,} and the file has {size:,}')
     return dtype, shape, a, b
 
+# %% ../nbs/14_hub.ipynb #111c33b7
 def read_header(
     path, # a safetensors file
 )->dict:  # name -> (dtype, shape, begin, end), positions in the file
@@ -173,7 +177,7 @@ def read_header(
     if sum(b - a for _, _, a, b in found.values()) != size - 8 - n: raise ValueError(f'{path}: tensors do not fill the file; get it again')
     return {name: (dtype, shape, a + 8 + n, b + 8 + n) for name, (dtype, shape, a, b) in found.items()}
 
-# %% ../nbs/14_hub.ipynb #6302d88a
+# %% ../nbs/14_hub.ipynb #f40c30bf
 class StoredModel:
     "The tensors of one model's files, by name."
     def __init__(self,
@@ -212,7 +216,7 @@ class StoredModel:
         if table[-4:] != entry_checksum(entry):
             raise ValueError(f'{self.paths[0]}: the entry "quantization_config" of config.json is not the one this model was saved with; restore config.json')
 
-# %% ../nbs/14_hub.ipynb #f03099b8
+# %% ../nbs/14_hub.ipynb #0893336d
 def stored_scheme(
     stored:StoredModel, # the files
     name:str,           # packed layer
@@ -236,6 +240,7 @@ def stored_scheme(
     try: return Scheme(M, K.bit_length() - 1, d, 'int8' if dtype == 'I8' else 'fp16')
     except ValueError as err: raise ValueError(f'{lead}: {err}') from err
 
+# %% ../nbs/14_hub.ipynb #20e095f8
 def empty_layer(
     module:nn.Module, # nn.Conv2d or nn.Linear on the meta device
     scheme:Scheme,    # how its weight is stored
@@ -246,6 +251,7 @@ def empty_layer(
     books = torch.empty(scheme.n_codebooks, scheme.n_codewords, scheme.group_size, dtype=torch.int8 if scheme.codebook_dtype == 'int8' else torch.float16, device='meta')
     return from_aq(module, AQTensor(codes, books, torch.empty(O, dtype=torch.float16, device='meta'), module.weight.shape, scheme))
 
+# %% ../nbs/14_hub.ipynb #1623f378
 def stored_act(
     stored:StoredModel, # the files
     name:str,           # packed layer
@@ -263,7 +269,7 @@ def stored_act(
         return ActQuant(bits, *parts, split=splits[name] if halves == 2 else None)
     except (ValueError, KeyError, IndexError, RuntimeError) as err: raise ValueError(f'{lead}: activation ranges are unusable ({err}); get the file again') from err
 
-# %% ../nbs/14_hub.ipynb #643992ff
+# %% ../nbs/14_hub.ipynb #0e6b52fe
 def lay_out(
     model:nn.Module,     # the dense model on the meta device; changed in place
     stored:StoredModel,  # its files
@@ -285,6 +291,7 @@ def lay_out(
     check_tensors(model, stored, books)
     return {f'{n}.{k}' for n, m in packed_layers(model).items() for k in m.state_dict()}
 
+# %% ../nbs/14_hub.ipynb #aa4a548d
 def check_tensors(
     model:nn.Module,   # laid out
     stored:StoredModel,# its files
@@ -301,7 +308,7 @@ def check_tensors(
         if shape != tuple(t.shape) or (DTYPES[dtype] != t.dtype if fixed else not DTYPES[dtype].is_floating_point):
             raise ValueError(f'{stored.where[n]}: tensor {n!r} is {dtype} {list(shape)}, expected {_NAMES[t.dtype] if fixed else "a floating dtype"} {list(t.shape)}; get the file again')
 
-# %% ../nbs/14_hub.ipynb #b5ada23f
+# %% ../nbs/14_hub.ipynb #01fbc79b
 def check_values(
     model:nn.Module, # loaded
     where:str,       # its file, for the message
@@ -319,10 +326,21 @@ def check_values(
             reach = int(layer.codebooks.int().abs().amax(1).sum(0).max())
             if reach > 127: raise ValueError(f'{where}: layer {name!r}: int8 codebooks can add up to {reach}, expected at most 127; get the file again')
 
-# %% ../nbs/14_hub.ipynb #d5fba0cb
+# %% ../nbs/14_hub.ipynb #f4152ed9
 if not hasattr(DiffusersQuantizer, 'get_state_dict_and_metadata'):
     raise ImportError('aquatic_nb.hub needs diffusers 0.40 or newer: older ones give a backend no say in what is saved; pip install -U diffusers')
 
+# %% ../nbs/14_hub.ipynb #e7759318
+def pack_loaded(
+    model,                # a dense model that has just been loaded; packed in place
+    config:AquaticConfig, # what it should become
+):
+    "Quantize while loading, without calibration data."
+    if config.act_bits is not None: raise ValueError('AquaticConfig: act_bits needs calibration; load the model and call quantize_unet(model, act_bits=8, calibration=pipe)')
+    importlib.import_module('aquatic_nb.quant').quantize_unet(model, config.bits, calibration=None)
+    config.shared_codebooks = shared_codebooks(model)
+
+# %% ../nbs/14_hub.ipynb #71c8ed7a
 class AquaticQuantizer(DiffusersQuantizer):
     "What diffusers asks when it loads or saves a packed model."
     use_keep_in_fp32_modules = True
@@ -361,17 +379,10 @@ class AquaticQuantizer(DiffusersQuantizer):
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         if self.pre_quantized: check_values(model, self.stored.paths[0])
-        else: self.quantize(model)
+        else: pack_loaded(model, self.quantization_config)
         if self.quantization_config.act_bits: bind_timestep(model)
         model.is_quantized, self.stored, self.own = False, None, frozenset() # so that .to(dtype) and from_pipe work
         return model
-
-    def quantize(self, model):
-        "Pack a dense model that has just been loaded, without calibration data."
-        config = self.quantization_config
-        if config.act_bits is not None: raise ValueError('AquaticConfig: act_bits needs calibration; load the model and call quantize_unet(model, act_bits=8, calibration=pipe)')
-        importlib.import_module('aquatic_nb.quant').quantize_unet(model, config.bits, calibration=None)
-        config.shared_codebooks = shared_codebooks(model)
 
     def get_state_dict_and_metadata(self, state_dict, safe_serialization=False):
         if not safe_serialization: raise ValueError('safe_serialization=False: packed models are not pickled; save with safe_serialization=True')
@@ -381,22 +392,24 @@ class AquaticQuantizer(DiffusersQuantizer):
 
 auto.AUTO_QUANTIZER_MAPPING['aquatic'] = AquaticQuantizer
 
-# %% ../nbs/14_hub.ipynb #49bbf757
+# %% ../nbs/14_hub.ipynb #1be98a4c
 def attach(
     model, # a diffusers model with packed layers
     bits=None, # what was asked for
-    act_bits=None, # bits of the activations; None: as found in the layers
+    act_bits=None, # what was asked for; what is stored is what the layers have
 ):             # the model
     "Make a model that was packed in memory one that `save_pretrained` knows how to save."
     layers = packed_layers(model).values()
     if not layers: raise ValueError('attach: the model has no packed layers; quantize it first')
     found = {m.act.bits for m in layers if m.act is not None}
     if len(found) > 1: raise ValueError(f'attach: layers have activations of {sorted(found)} bits, expected one width')
-    config = AquaticConfig(bits, act_bits if act_bits is not None else next(iter(found), None), shared_codebooks(model))
+    if found and act_bits not in (None, *found): raise ValueError(f'attach: act_bits={act_bits}, but the layers have activations of {found.pop()} bits')
+    config = AquaticConfig(bits, next(iter(found), None), shared_codebooks(model))
     model.hf_quantizer, model.quantization_method, model.is_quantized = AquaticQuantizer(config), config.quant_method, False
     model.register_to_config(quantization_config=config)
     return model
 
+# %% ../nbs/14_hub.ipynb #32e486ba
 def dense_layers(
     model, # any model; changed in place
 ):         # the model
@@ -422,7 +435,7 @@ def dequantize(
     model.is_quantized = False
     return model
 
-# %% ../nbs/14_hub.ipynb #264f972f
+# %% ../nbs/14_hub.ipynb #6c9b568c
 def model_class(
     folder, # a diffusers model folder
 ):          # the class that its config.json names
@@ -435,6 +448,7 @@ def model_class(
     if not hasattr(cls, 'from_pretrained') or not issubclass(cls, nn.Module): raise ValueError(f'{path}: _class_name {name!r} is no model class of diffusers')
     return cls
 
+# %% ../nbs/14_hub.ipynb #6bbe0c10
 def weight_files(
     folder, # a diffusers model folder
 )->list:    # of paths
@@ -467,7 +481,7 @@ def load_quantized(
     except (TypeError, KeyError, AttributeError, IndexError, ZeroDivisionError, NotImplementedError) as e: # from inside diffusers
         raise ValueError(f'{path}: no {cls.__name__} can be built from it ({type(e).__name__}: {str(e)[:200]}); get the file again') from e
 
-# %% ../nbs/14_hub.ipynb #08a8271b
+# %% ../nbs/14_hub.ipynb #f00100ba
 def save_quantized(
     model,       # a packed model, see `attach`, or a pipeline that holds one
     folder,      # where to; made, must not exist
@@ -492,7 +506,7 @@ def save_quantized(
     finally: shutil.rmtree(tmp, ignore_errors=True)
     return folder
 
-# %% ../nbs/14_hub.ipynb #8c544bf6
+# %% ../nbs/14_hub.ipynb #8a6995e1
 _MERGE_FIRST = 'merge it into the dense model (hub.dequantize gives one) and quantize that'
 
 def _no_merge(self, *args, **kwargs): raise ValueError(f'merge: a packed layer cannot take in an adapter; keep it as an adapter, or {_MERGE_FIRST}')

@@ -125,3 +125,14 @@ def test_interrupt_can_be_resumed(pipe_folder, tmp_path):
         assert subprocess.run(cmd, capture_output=True).returncode == 0
     with pytest.raises(SystemExit): cli.main(['quantize', str(pipe_folder), str(tmp_path/'whole'), *QUICK])
     for f in (tmp_path/'whole').rglob('*.safetensors'): assert f.read_bytes() == (tmp_path/'dst'/f.relative_to(tmp_path/'whole')).read_bytes()
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_demo(tmp_path, capsys):
+    code, out, err = aquatic(capsys, 'demo', '--out', tmp_path/'demo', '--n', 40, '--json')
+    assert code == 0, err[-2000:]
+    found = json.loads(out)
+    assert found['bits_quantized'] <= 2.2 and found['psnr_db'] > 15 and found['file_bytes'] < found['file_bytes_original']/5
+    assert {o.name for o in (tmp_path/'demo').iterdir()} == {'model', 'report.md', 'report.csv', 'side_by_side.png'}
+    code, out, err = aquatic(capsys, 'sample', tmp_path/'demo'/'model', '--out', tmp_path/'s', '--n', 1, '--steps', 1)
+    assert code == 0, err

@@ -105,8 +105,11 @@ def test_deepcopy_compile_and_casts(packed):
 
 @pytest.mark.parametrize('how', [dict(offload_type='leaf_level'), dict(offload_type='block_level', num_blocks_per_group=1)], ids=str)
 def test_group_offload(packed, saved, how):
+    where = dict(onload_device=torch.device('cpu'), offload_device=torch.device('cpu'))
+    try: conditional().enable_group_offload(**where, **how)
+    except AttributeError: pytest.skip('this diffusers offloads no model at all without an accelerator')
     m = load_quantized(saved)
-    m.enable_group_offload(onload_device=torch.device('cpu'), offload_device=torch.device('cpu'), **how)
+    m.enable_group_offload(**where, **how)
     assert torch.equal(run(m), run(packed))
 
 def test_file_replaced_under_a_loaded_model(packed, saved, tmp_path):
