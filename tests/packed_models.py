@@ -1,5 +1,5 @@
 """Tiny packed models for the tests of the hub: what they compute does not matter, only that it stays the same."""
-import aquatic_nb # first: torchvision may lack its operators
+import aquatic_nb # noqa: F401  first: torchvision may lack its operators
 import torch
 from diffusers import DDIMScheduler, DDPMPipeline, UNet2DConditionModel, UNet2DModel
 

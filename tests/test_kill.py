@@ -1,5 +1,5 @@
 """`kill -9` at random moments of `aquatic quantize`: the next run ends with the same bytes, and a half-written result is never seen."""
-import aquatic_nb # first: torchvision may lack its operators
+import aquatic_nb # noqa: F401  first: torchvision may lack its operators
 import hashlib, json, random, shutil, signal, subprocess, sys, time
 from pathlib import Path
 

@@ -2,8 +2,8 @@
 
 The long run is resumable: `python tests/test_loader_attacks.py --n 10000 --log nbs/results/fuzz_loader.jsonl`.
 """
-import aquatic_nb # first: torchvision may lack its operators
-import argparse, collections, json, os, random, resource, shutil, struct, sys, tempfile, time
+import aquatic_nb # noqa: F401  first: torchvision may lack its operators
+import argparse, collections, json, random, resource, shutil, struct, sys, tempfile, time
 from pathlib import Path
 
 import pytest
