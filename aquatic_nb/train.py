@@ -13,6 +13,7 @@ import copy
 import gzip
 import math
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 from .core import generator, progress, write_atomic # before diffusers, which wants torchvision's operators
@@ -124,14 +125,20 @@ class Average(nn.Module):
             if ours.is_floating_point(): ours.lerp_(theirs, 1 - keep)
             else: ours.copy_(theirs)
 
+@contextmanager
+def _drawing(gen):
+    "Inside, layers that take no generator (initial weights, dropout) draw the stream of `gen`; the global generators come back as they were."
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.set_rng_state(gen.get_state())
+        if torch.cuda.is_available(): torch.cuda.manual_seed_all(gen.initial_seed())
+        yield
+
 def seeded(
     make, # make() builds a module with torch's global generator
     seed:int, # seed of its weights
 ) -> nn.Module:
     "Build a module with repeatable weights, and leave the global generator as it was."
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return make()
+    with _drawing(torch.Generator().manual_seed(seed)): return make()
 
 # %% ../nbs/04_train.ipynb #9a44fff2
 def make_autoencoder(
@@ -159,7 +166,10 @@ def reconstruct(
     kl = .5*(p.mean.float()**2 + p.var.float() - 1 - p.logvar.float()).mean()
     return vae.decode(z).sample.float(), 2e-4*kl
 
-def edge_loss(a:Tensor, b:Tensor) -> Tensor:
+def edge_loss(
+    a:Tensor, # [B,C,H,W] float, an image
+    b:Tensor, # the same shape, the image it is compared with
+) -> Tensor: # scalar
     "Mean absolute difference of horizontal and of vertical pixel differences."
     d = a - b
     return d.diff(dim=-1).abs().mean() + d.diff(dim=-2).abs().mean()
@@ -277,9 +287,8 @@ def train_classifier(
         for group in opt.param_groups: group['lr'] = lr*cosine(s, steps, 300)
         i, gen = batch_of(s, len(images), batch, seed), generator(seed, 'augment', s)
         x = augment(to_float(images[i]), gen).to(device)
-        with torch.random.fork_rng(), torch.autocast(x.device.type, torch.bfloat16):
-            torch.manual_seed(torch.randint(2**31, (), generator=gen).item()) # dropout draws from the global generator
-            logits = model(x)
+        dropout = torch.Generator().manual_seed(torch.randint(2**31, (), generator=gen).item())
+        with _drawing(dropout), torch.autocast(x.device.type, torch.bfloat16): logits = model(x)
         loss = F.cross_entropy(logits.float(), labels[i].to(device), label_smoothing=.05)
         opt.zero_grad()
         loss.backward()
@@ -314,7 +323,7 @@ def make_unet() -> nn.ModuleDict: # 'unet' and 'embedding', untrained
         cross_attention_dim=128, attention_head_dim=1)
     return nn.ModuleDict(dict(unet=unet, embedding=ClassEmbedding(10, 128)))
 
-# %% ../nbs/04_train.ipynb #568fc904
+# %% ../nbs/04_train.ipynb #67cb5b9b
 def diffusion_loss(
     nets, # ModuleDict with 'unet' and 'embedding'
     table:dict, # from `latent_table`
@@ -335,6 +344,7 @@ def diffusion_loss(
     with torch.autocast(device.type, torch.bfloat16): guess = nets['unet'](x, t, nets['embedding'](y)).sample
     return ((guess.float() - noise).square().mean((1, 2, 3))*(snr.clamp(max=5)/snr)).mean()
 
+# %% ../nbs/04_train.ipynb #568fc904
 def train_unet(
     table:dict, # from `latent_table`
     steps:int=7600, # training steps
@@ -374,7 +384,11 @@ def mini_pipeline(
     stats = {k: [round(v, 6) for v in table[k].tolist()] for k in ('latents_mean', 'latents_std')}
     return ClassConditionalLDMPipeline(nets.module['unet'].eval(), vae.eval(), nets.module['embedding'].eval(), ldm_scheduler(), **stats)
 
-def half(state:dict) -> dict: return {k: (v.half() if v.is_floating_point() else v).contiguous() for k, v in state.items()}
+def half(
+    state:dict, # name -> tensor
+) -> dict: # name -> contiguous tensor, fp16 where it was floating point
+    "A state dict in half precision."
+    return {k: (v.half() if v.is_floating_point() else v).contiguous() for k, v in state.items()}
 
 def export_mini(
     runs, # folder with the checkpoints of this notebook

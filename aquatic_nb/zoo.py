@@ -209,8 +209,7 @@ class ClassConditionalLDMPipeline(DiffusionPipeline):
         check_call(self.scheduler, num_inference_steps, guidance_scale, eta, output_type)
         labels, device = check_labels(class_labels, self.class_embedding.config.n_classes), self._execution_device
         latents = start_latents(self.unet, len(labels), latents, generator, device)
-        cond = self.class_embedding(labels.to(device)).to(latents.dtype)
-        null = self.class_embedding(torch.full_like(labels, self.class_embedding.null_class).to(device)).to(latents.dtype)
+        cond, null = (self.class_embedding(o.to(device)).to(latents.dtype) for o in (labels, torch.full_like(labels, self.class_embedding.null_class)))
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         latents = denoise(self, latents, cond, null, guidance_scale, eta, generator, callback_on_step_end)
         images = latents if output_type == 'latent' else self.image_processor.postprocess(self.decode(latents).float(), output_type=output_type)
@@ -560,7 +559,7 @@ def fill_parts(
     for part, module in parts.items(): module.load_state_dict(filled[part], strict=True, assign=True)
     return {part: module.eval() for part, module in parts.items()}
 
-# %% ../nbs/03_zoo.ipynb #3b5dba45
+# %% ../nbs/03_zoo.ipynb #351e81c0
 def load_ldm4(
     ckpt, # the original checkpoint file, or a folder written by `convert_ldm4` or `save_pretrained`
     config=None, # None for LDM-4, or what `ldm_config` takes
@@ -587,6 +586,7 @@ def load_ldm4(
     if verbose: print(f'{source}: sha256 {pipe.source_sha256}')
     return pipe
 
+# %% ../nbs/03_zoo.ipynb #3b5dba45
 def convert_ldm4(
     ckpt, # the original checkpoint file
     dst, # a new folder
