@@ -6,14 +6,14 @@
 __all__ = ['Scheme', 'n_groups', 'packed_bytes', 'stored_bytes', 'AQTensor', 'check_values', 'sum_codewords', 'decode_rows',
            'decode', 'pack_codes', 'unpack_codes', 'kmeans_assign', 'kmeans', 'residual_kmeans']
 
-# %% ../nbs/01_aq.ipynb #dd77018a
+# %% ../nbs/01_aq.ipynb #a67cb9f4
 import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-# %% ../nbs/01_aq.ipynb #7c565744
+# %% ../nbs/01_aq.ipynb #0218477d
 @dataclass(frozen=True)
 class Scheme:
     "How the weights of one layer are stored."
@@ -44,7 +44,7 @@ class Scheme:
         if self.kind == 'uniform': return f'uniform{self.codebook_bits}'
         return f'{self.n_codebooks}x{self.codebook_bits}b/{self.group_size}{"" if self.codebook_dtype == "int8" else "-fp16"}'
 
-# %% ../nbs/01_aq.ipynb #6401f127
+# %% ../nbs/01_aq.ipynb #435c3e24
 def n_groups(
     scheme:Scheme, # the storage scheme
     fan_in:int,    # N, weights in one row
@@ -73,7 +73,7 @@ def stored_bytes(
     books = 0 if shared else scheme.n_codebooks*scheme.n_codewords*scheme.group_size*entry
     return codes + books + 2*rows
 
-# %% ../nbs/01_aq.ipynb #92e6691d
+# %% ../nbs/01_aq.ipynb #918adf23
 @dataclass
 class AQTensor:
     "A weight tensor as codes, codebooks and scales."
@@ -110,7 +110,7 @@ def check_values(
         reach = int(aq.codebooks.int().abs().amax(1).sum(0).max())
         if reach > 127: raise ValueError(f'{lead}int8 codebooks can add up to {reach}, expected at most 127')
 
-# %% ../nbs/01_aq.ipynb #10b6b4f2
+# %% ../nbs/01_aq.ipynb #9248640c
 def sum_codewords(
     codes:Tensor,     # [..., M] integer codes
     codebooks:Tensor, # [M, K, d] any dtype; integers are added as they are
@@ -137,7 +137,7 @@ def decode(
     "The dense weight that `aq` stands for (computed in float32, then cast)."
     return decode_rows(aq, dtype).reshape(aq.shape)
 
-# %% ../nbs/01_aq.ipynb #48a8a867
+# %% ../nbs/01_aq.ipynb #74db48bd
 def pack_codes(
     codes:Tensor, # [O, J, M] integer codes, 0 <= code < 2**bits
     bits:int,     # B, 1..12
@@ -166,7 +166,7 @@ def unpack_codes(
         codes = codes + ((stream << torch.arange(rest, device=high.device)).sum(-1).to(torch.int32) << shift)
     return codes.to(torch.int16)
 
-# %% ../nbs/01_aq.ipynb #a1fc4114
+# %% ../nbs/01_aq.ipynb #4e81e4ce
 def kmeans_assign(
     x:Tensor,       # [n, d] vectors
     weight:Tensor,  # [n, d] weights of the coordinates, >= 0
@@ -202,6 +202,7 @@ def kmeans(
         if len(empty) and len(x) > n_codewords: centres[empty] = x[dist.topk(len(empty)).indices]
     return centres, kmeans_assign(x, weight, centres)[0]
 
+# %% ../nbs/01_aq.ipynb #cb08930b
 def residual_kmeans(
     x:Tensor,           # [n, d] float vectors
     scheme:Scheme,      # gives M and K

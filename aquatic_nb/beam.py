@@ -6,7 +6,7 @@
 __all__ = ['search_codes', 'damp', 'corrected_target', 'State', 'start', 'sweep_codes', 'refit_codebooks', 'refit_scales',
            'round_storage', 'encode_rows', 'to_aq', 'encode', 'relative_error']
 
-# %% ../nbs/06_beam.ipynb #1d9b87f9
+# %% ../nbs/06_beam.ipynb #b682970e
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,7 +18,7 @@ from .aq import AQTensor, Scheme, kmeans_assign, n_groups, residual_kmeans, sum_
 from .core import generator
 from .kaq import pad_h
 
-# %% ../nbs/06_beam.ipynb #963acf60
+# %% ../nbs/06_beam.ipynb #c8995b5a
 @njit(nogil=True, fastmath=True, cache=True)
 def _search_tables(dots, norms, cross, codes, beam, rounds):
     "Beam and ICM for each row of `codes` [O, M] in place; tables dots [O, M, K], norms [M, K], cross [M, M, K, K]."
@@ -62,7 +62,7 @@ def _search_tables(dots, norms, cross, codes, beam, rounds):
             if not moved: break
         codes[o] = best
 
-# %% ../nbs/06_beam.ipynb #c51183e5
+# %% ../nbs/06_beam.ipynb #0e46f12a
 def _search_torch(a, C, CH, norms, codes, beam, rounds):
     "The same search without tables: a [O, d], C and CH [M, K, d], norms [M, K], codes [O, M]; returns new codes."
     O, (M, K, d) = len(a), C.shape
@@ -85,6 +85,7 @@ def _search_torch(a, C, CH, norms, codes, beam, rounds):
             best[:, m] = torch.where(low < old - 1e-6*old.abs(), k.to(best.dtype), best[:, m])
     return best
 
+# %% ../nbs/06_beam.ipynb #ac1b6a65
 def search_codes(
     a:Tensor,     # [O, d] float32 linear terms
     C:Tensor,     # [M, K, d] float32 codebooks
@@ -107,7 +108,7 @@ def search_codes(
     _search_tables(dots.numpy(), norms.contiguous().numpy(), cross.numpy(), new.numpy(), beam, rounds)
     return new
 
-# %% ../nbs/06_beam.ipynb #b8a0eee8
+# %% ../nbs/06_beam.ipynb #79e7f912
 def damp(
     H:Tensor,      # [N, N] second moments
     fraction=.1,   # of the mean diagonal
@@ -127,7 +128,7 @@ def corrected_target(
     if D is None or not D.any(): return W
     return W + torch.linalg.solve(H, (W @ D).T).T
 
-# %% ../nbs/06_beam.ipynb #db7b2cde
+# %% ../nbs/06_beam.ipynb #e220ab36
 @dataclass
 class State:
     "What the encoder is working on: the problem, and the current answer."
@@ -144,6 +145,7 @@ class State:
     def loss(self): E = self.W - self.What; return ((E @ self.H)*E).sum(dtype=torch.float64).item()
     def note(self, step): self.trace.append((step, self.loss()))
 
+# %% ../nbs/06_beam.ipynb #c92063e0
 def start(
     W:Tensor,        # [O, J*d] target rows
     H:Tensor,        # [J*d, J*d] damped second moments
@@ -170,6 +172,7 @@ def start(
     st.What = st.decode(); st.note('k-means')
     return st
 
+# %% ../nbs/06_beam.ipynb #73ddca33
 def _start_uniform(W, H, scheme, grid=24):
     "Integers: the row scale with the least diag(H)-weighted error on a grid of clipping ranges."
     half, h = scheme.n_codewords//2, H.diagonal()
@@ -186,7 +189,7 @@ def _start_uniform(W, H, scheme, grid=24):
     st.What = st.decode(); st.note('rounding')
     return st
 
-# %% ../nbs/06_beam.ipynb #433677f2
+# %% ../nbs/06_beam.ipynb #e4dbd634
 def sweep_codes(
     st:State,    # changed in place
     beam:int=8,  # partial sums kept
@@ -214,7 +217,7 @@ def sweep_codes(
         if j1 < J: G[:, j1*d:] -= moved @ H[block, j1*d:]
     st.note('codes')
 
-# %% ../nbs/06_beam.ipynb #70e59284
+# %% ../nbs/06_beam.ipynb #36b11e0f
 def _scatter(st, X):
     "A^T X: what each codeword's users add up to."
     M, K, d = st.C.shape
@@ -236,6 +239,7 @@ def _codeword_blocks(st, ridge):
     lift = (1e-3*size + ridge*size.mean()).clamp(min=1e-20)
     return torch.linalg.inv(B + lift[:, None, None]*torch.eye(d, device=B.device)).reshape(M, K, d, d), ridge*size.mean()
 
+# %% ../nbs/06_beam.ipynb #2af07522
 def refit_codebooks(
     st:State,    # changed in place
     iters:int=8, # conjugate-gradient steps
@@ -260,7 +264,7 @@ def refit_codebooks(
     if torch.isfinite(x).all(): st.C = st.C + x; st.What = st.decode()
     st.note('codebooks')
 
-# %% ../nbs/06_beam.ipynb #0456026c
+# %% ../nbs/06_beam.ipynb #68d93e5b
 def refit_scales(
     st:State, # changed in place
 ):
@@ -272,7 +276,7 @@ def refit_scales(
     st.What = raw*st.scales[:, None]
     st.note('scales')
 
-# %% ../nbs/06_beam.ipynb #7794431e
+# %% ../nbs/06_beam.ipynb #77da1ce1
 def round_storage(
     st:State, # changed in place
 ):
@@ -291,7 +295,7 @@ def _to_half(scales):
     if bad.any(): raise ValueError(f'{int(bad.sum())} of {len(scales)} row scales lie outside the range of fp16 (from {float(scales.min()):.3g} to {float(scales.max()):.3g}); rescale the weight or keep this layer dense')
     return half
 
-# %% ../nbs/06_beam.ipynb #5efaf903
+# %% ../nbs/06_beam.ipynb #813b7496
 def encode_rows(
     W:Tensor,            # [O, N] weight rows
     H:Tensor|None,       # [N, N] second moments of the inputs, undamped; None: plain weight error
@@ -329,11 +333,12 @@ def to_aq(
     dtype = torch.int8 if st.scheme.codebook_dtype == 'int8' else torch.float16
     return AQTensor(st.codes.to(torch.int16), st.C.to(dtype), st.scales.half(), shape, st.scheme)
 
+# %% ../nbs/06_beam.ipynb #2a35d8fb
 def encode(
     weight:Tensor,  # dense weight [O, ...]
     H:Tensor|None,  # [fan_in, fan_in] second moments of the inputs, or None
     scheme:Scheme,  # storage scheme
-    **options,      # of `encode_rows`
+    **options,      # of `encode_rows`: beam, sweeps, cg_iters, damping, D, seed
 )->AQTensor:        # compressed weight
     "Compress one weight."
     return to_aq(encode_rows(weight.flatten(1), H, scheme, **options), tuple(weight.shape))

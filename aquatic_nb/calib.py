@@ -6,7 +6,7 @@
 __all__ = ['to_epsilon', 'ddim_step', 'shifted_timesteps', 'walk', 'record_inputs', 'auto_inputs', 'calibration_batches',
            'input_rows', 'Moments', 'execution_order', 'single_thread', 'in_order', 'input_moments']
 
-# %% ../nbs/05_calib.ipynb #fb055527
+# %% ../nbs/05_calib.ipynb #32a6614a
 import inspect
 import math
 import threading
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from .core import generator, progress
 from .kaq import packable
 
-# %% ../nbs/05_calib.ipynb #266a6560
+# %% ../nbs/05_calib.ipynb #114c407f
 def to_epsilon(
     out:Tensor,    # the model's output
     x:Tensor,      # x_t it was given
@@ -57,7 +57,7 @@ def shifted_timesteps(
     shift = torch.ones(n, dtype=torch.long) if gen is None else torch.randint(0, stride, (n,), generator=gen)
     return (base[:, None] + shift).clamp(0, train_steps - 1)
 
-# %% ../nbs/05_calib.ipynb #31bfe269
+# %% ../nbs/05_calib.ipynb #962ecbf6
 @torch.no_grad()
 def walk(
     model:nn.Module,      # denoiser, called as model(**inputs)
@@ -92,7 +92,7 @@ def walk(
         x = ddim_step(x, to_epsilon(out, x, a.to(x.dtype), kind), abar[t], after)
     return batches
 
-# %% ../nbs/05_calib.ipynb #00362835
+# %% ../nbs/05_calib.ipynb #dd9b7a7c
 def record_inputs(
     model:nn.Module, # the denoiser inside `call`
     call,            # function without arguments that runs the model
@@ -130,7 +130,7 @@ def _call_pipeline(pipe, model, n, steps, seed):
     elif 'batch_size' in names: kw['batch_size'] = n
     return record_inputs(model, lambda: pipe(**kw))
 
-# %% ../nbs/05_calib.ipynb #d7df6d8d
+# %% ../nbs/05_calib.ipynb #90b67e6e
 def auto_inputs(
     model:nn.Module, # diffusers denoiser
     n:int,           # samples
@@ -153,6 +153,7 @@ def auto_inputs(
         cond['added_cond_kwargs'] = dict(text_embeds=torch.randn((n, rest), generator=gen).to(p.device, p.dtype), time_ids=torch.zeros(n, 6, device=p.device, dtype=p.dtype))
     return shape, cond, next(k for k in names if k != 'self')
 
+# %% ../nbs/05_calib.ipynb #c582196d
 def calibration_batches(
     model:nn.Module,        # the denoiser to be quantized
     calibration='auto',     # list of input dicts, a diffusers pipeline that holds the model, or 'auto'
@@ -185,7 +186,7 @@ class _WithExtra(nn.Module):
     def __init__(self, model, extra): super().__init__(); self.model, self.extra = model, extra
     def forward(self, **inputs): return self.model(**inputs, added_cond_kwargs=self.extra)
 
-# %% ../nbs/05_calib.ipynb #de1ece7c
+# %% ../nbs/05_calib.ipynb #ceedcc94
 def input_rows(
     module:nn.Module,   # Conv2d or Linear
     x:Tensor,           # its input
@@ -204,7 +205,7 @@ def input_rows(
     if getattr(module, 'groups', 1) > 1: rows = rows.reshape(len(rows), module.groups, -1).transpose(0, 1)
     return rows
 
-# %% ../nbs/05_calib.ipynb #b8b3c113
+# %% ../nbs/05_calib.ipynb #401aec46
 @dataclass
 class Moments:
     "Second moments of a layer's inputs."
@@ -240,7 +241,7 @@ def _first_extra(inputs):
     extra = inputs.get('added_cond_kwargs')
     return {} if extra is None else {'added_cond_kwargs': {k: v[:1] for k, v in extra.items()}}
 
-# %% ../nbs/05_calib.ipynb #2453b8e0
+# %% ../nbs/05_calib.ipynb #d4dcab28
 @contextmanager
 def single_thread():
     "One intra-op thread for the calling thread: sums are then added in one order, whatever the machine."
@@ -263,6 +264,7 @@ def in_order(
     with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         for a in range(0, len(items), 2*workers): yield from pool.map(f, items[a:a + 2*workers])   # chunks bound what waits in memory
 
+# %% ../nbs/05_calib.ipynb #68d81054
 class _Catch:
     "Hooks that keep the (sampled) input rows of some layers; layers with one input share one entry. One state for each thread."
     def __init__(self, model, names, budget, seed):
@@ -304,7 +306,7 @@ def _pads(conv):
     p = conv._reversed_padding_repeated_twice                # (left, right, top, bottom)
     return (p[2], p[3]), (p[0], p[1])
 
-# %% ../nbs/05_calib.ipynb #976233a5
+# %% ../nbs/05_calib.ipynb #6734d0d9
 def _products(x, x0):
     "Sums over rows: x x^T, (x0 - x) x^T, x, x0 - x, and their number; grouped convolutions: averaged over groups, without the means."
     k, xt = x.shape[-2], x.transpose(-1, -2)

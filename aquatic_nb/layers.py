@@ -6,7 +6,7 @@
 __all__ = ['KERNELS', 'Kernel', 'register_kernel', 'pick_kernel', 'uniform_codebook', 'AQLayer', 'AQConv2d', 'AQLinear',
            'from_aq', 'packed_layers', 'set_kernel', 'swap']
 
-# %% ../nbs/07_layers.ipynb #8e50bc42
+# %% ../nbs/07_layers.ipynb #e8111880
 import math
 import os
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .aq import AQTensor, Scheme, decode, n_groups, pack_codes, unpack_codes
 from .kaq import why_dense
 
-# %% ../nbs/07_layers.ipynb #8f85bc9d
+# %% ../nbs/07_layers.ipynb #b5fc17ca
 @dataclass(frozen=True)
 class Kernel:
     "One way to run a packed layer."
@@ -54,7 +54,7 @@ def pick_kernel(
         reasons[k.name] = why
     raise RuntimeError(f'no kernel supports this layer: {reasons}')
 
-# %% ../nbs/07_layers.ipynb #02d1178d
+# %% ../nbs/07_layers.ipynb #a6de2a52
 def uniform_codebook(
     scheme:Scheme, # a scheme of kind 'uniform'
     device=None,   # device of the result
@@ -65,6 +65,7 @@ def uniform_codebook(
 
 def _frozen(t): return None if t is None else nn.Parameter(t, requires_grad=False)
 
+# %% ../nbs/07_layers.ipynb #49e6c8c2
 class AQLayer(nn.Module):
     "What packed convolutions and packed linear layers have in common."
     _stored = ('codes', 'codes_hi', 'codebooks', 'scales')   # tensors whose dtype is part of the format
@@ -90,17 +91,6 @@ class AQLayer(nn.Module):
     @property
     def weight(self): return decode(self.aq, self.compute_dtype)
 
-    def _apply(self, fn, recurse=True):
-        keep = {n: getattr(self, n).dtype for n in self._stored if getattr(self, n) is not None}
-        probe = None if self.bias is not None else fn(torch.empty(0, dtype=self._compute_dtype, device=self.scales.device))
-        raw = {n: getattr(self, n).data for n in keep}
-        super()._apply(fn, recurse)
-        for n, dt in keep.items():
-            p = getattr(self, n)
-            if p.dtype != dt: p.data = raw[n].to(p.device)     # moved, never rounded through another dtype
-        if probe is not None: self._compute_dtype = probe.dtype
-        return self
-
     def forward(self, x):
         kernel, _ = pick_kernel(self, x)
         if self.act is not None and not getattr(kernel.run, 'takes_raw', False): x = self.act(x)
@@ -108,7 +98,22 @@ class AQLayer(nn.Module):
 
     def extra_repr(self): return f'{tuple(self.weight_shape)}, {self.scheme}, bias={self.bias is not None}'
 
-# %% ../nbs/07_layers.ipynb #3aea2062
+# %% ../nbs/07_layers.ipynb #bbb72329
+def _apply_stored(self, fn, recurse=True):
+    "Move and cast a packed layer, its stored tensors in their own dtype."
+    keep = {n: getattr(self, n).dtype for n in self._stored if getattr(self, n) is not None}
+    probe = None if self.bias is not None else fn(torch.empty(0, dtype=self._compute_dtype, device=self.scales.device))
+    raw = {n: getattr(self, n).data for n in keep}
+    nn.Module._apply(self, fn, recurse)
+    for n, dt in keep.items():
+        p = getattr(self, n)
+        if p.dtype != dt: p.data = raw[n].to(p.device)     # moved, never rounded through another dtype
+    if probe is not None: self._compute_dtype = probe.dtype
+    return self
+
+AQLayer._apply = _apply_stored
+
+# %% ../nbs/07_layers.ipynb #b7e98ff9
 _CONV = ('in_channels', 'out_channels', 'kernel_size', 'stride', 'padding', 'dilation', 'groups', 'padding_mode')
 
 class AQConv2d(AQLayer):
@@ -144,7 +149,7 @@ class AQLinear(AQLayer):
         "The dense product."
         return F.linear(x, weight, self.bias)
 
-# %% ../nbs/07_layers.ipynb #7a94b2af
+# %% ../nbs/07_layers.ipynb #b6c129ac
 def _run_dense(layer, x): return layer.dense(x, layer.weight)
 register_kernel('dense', lambda layer, x: None, _run_dense, 0)
 
