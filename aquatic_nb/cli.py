@@ -9,7 +9,7 @@ __all__ = ['app', 'BAD_INPUT', 'NO_MEMORY', 'IO_FAILED', 'INTERRUPTED', 'UsageEr
            'sample_images', 'save_images', 'sample', 'compare', 'evaluate', 'info', 'bench', 'median_seconds',
            'convert', 'version', 'demo', 'run_demo', 'out_size', 'side_by_side', 'report_text']
 
-# %% ../nbs/18_cli.ipynb #5beb591d
+# %% ../nbs/18_cli.ipynb #232e2c8f
 import inspect
 import json
 import math
@@ -27,7 +27,7 @@ import typer
 import aquatic_nb
 from .core import generator, machine, progress, write_atomic
 
-# %% ../nbs/18_cli.ipynb #72d280fe
+# %% ../nbs/18_cli.ipynb #201c2d47
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
                   help='Diffusion models at two bits a weight. Results go to stdout, messages to stderr; --json makes results machine-readable.')
 BAD_INPUT, NO_MEMORY, IO_FAILED, INTERRUPTED = 2, 3, 4, 130
@@ -50,7 +50,7 @@ def give(
     if as_json: print(json.dumps(result, indent=2, default=str))
     else: print(text if text is not None else '\n'.join(f'{k}: {v}' for k, v in result.items()))
 
-# %% ../nbs/18_cli.ipynb #d379b9a2
+# %% ../nbs/18_cli.ipynb #d1a36f5f
 def main(
     args=None, # arguments; None: those of the process
 ):
@@ -68,10 +68,10 @@ def main(
     say(f'aquatic: {text}')
     sys.exit(code)
 
-# %% ../nbs/18_cli.ipynb #43d28379
+# %% ../nbs/18_cli.ipynb #3ffe2b8d
 SHIPPED = ('mini-ldm',)
 
-# %% ../nbs/18_cli.ipynb #cd7db2f6
+# %% ../nbs/18_cli.ipynb #a156530f
 @dataclass(frozen=True)
 class Source:
     "A model, or a pipeline with one, on disk."
@@ -81,7 +81,7 @@ class Source:
     @property
     def model_path(self): return self.path if self.part is None else self.path/self.part
 
-# %% ../nbs/18_cli.ipynb #da9ef6d0
+# %% ../nbs/18_cli.ipynb #acc20faf
 def find_source(
     src:str,           # folder, or name of a shipped model
     part:str|None=None,# which component of a pipeline; None: unet, else transformer
@@ -98,7 +98,7 @@ def find_source(
     if (path/'config.json').is_file(): return Source(path, None)
     raise ValueError(f'{src!r} holds neither model_index.json nor config.json: no diffusers model or pipeline; give the folder that does')
 
-# %% ../nbs/18_cli.ipynb #533d56a0
+# %% ../nbs/18_cli.ipynb #5bfdc438
 def load_pipeline(
     source:Source,     # a pipeline
     **components,      # instead of those on disk
@@ -113,7 +113,7 @@ def load_pipeline(
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
-# %% ../nbs/18_cli.ipynb #50f44a4b
+# %% ../nbs/18_cli.ipynb #145f02c7
 def free_memory()->int|None: # bytes, or None where the system does not tell
     "Memory that a process can still get, container limits included."
     info = Path('/proc/meminfo')
@@ -123,7 +123,7 @@ def free_memory()->int|None: # bytes, or None where the system does not tell
     if limit.exists() and used.exists() and (text := limit.read_text(encoding='ascii').strip()) != 'max': free = min(free, int(text) - int(used.read_text(encoding='ascii')))
     return free
 
-# %% ../nbs/18_cli.ipynb #a031657e
+# %% ../nbs/18_cli.ipynb #4ea4a083
 def memory_needed(
     model,           # the model, on the meta device or not
     bits:float,      # asked for
@@ -139,7 +139,7 @@ def memory_needed(
                 encoder=16*max(numels), libraries=2**29)
     return {**need, 'total': sum(need.values())}
 
-# %% ../nbs/18_cli.ipynb #f92abea2
+# %% ../nbs/18_cli.ipynb #28eefa6d
 def check_memory(
     need:dict,      # as `memory_needed` tells
     free:int|None,  # as `free_memory` tells
@@ -151,7 +151,7 @@ def check_memory(
     hint = f'--memory {fits/2**30:.1f} would fit' if fits > 2**28 else '--no-calibration needs no moments' if free > need['total'] - need['moments'] else 'it needs a larger machine'
     raise NotEnoughMemory(f'this needs about {gb(need["total"])} ({", ".join(f"{k} {gb(v)}" for k, v in need.items() if k != "total")}), and {gb(free)} are free; {hint}')
 
-# %% ../nbs/18_cli.ipynb #a799df1c
+# %% ../nbs/18_cli.ipynb #bcdebef3
 def empty_model(
     folder, # a model folder
 ):          # the model on the meta device
@@ -161,7 +161,7 @@ def empty_model(
     if config.get('quantization_config'): raise ValueError(f'{str(folder)!r} is already quantized ({config["quantization_config"].get("quant_method")}); give the dense model')
     with import_module('accelerate').init_empty_weights(): return cls.from_config(config)
 
-# %% ../nbs/18_cli.ipynb #ab5ab490
+# %% ../nbs/18_cli.ipynb #69bf6980
 def plan_text(
     table, # as `quant.plan` gives
 )->str:
@@ -170,12 +170,12 @@ def plan_text(
     by = table.groupby(['kind', 'scheme'], sort=False).agg(layers=('layer', 'size'), bytes=('bytes', 'sum')).reset_index()
     return f'{by.to_string(index=False)}\n{len(table) - len(kept)} layers to pack, {len(kept)} stay dense, {table.bytes.sum():,} bytes together'
 
-# %% ../nbs/18_cli.ipynb #e3ac7b79
+# %% ../nbs/18_cli.ipynb #1d97d0be
 Json = Annotated[bool, typer.Option('--json', help='Print the result as one JSON object.')]
 Force = Annotated[bool, typer.Option('--force', help='Replace what is there.')]
 Seed = Annotated[int, typer.Option(help='Seed of everything random: same seed, same result.')]
 
-# %% ../nbs/18_cli.ipynb #da3589f8
+# %% ../nbs/18_cli.ipynb #ef458d1a
 @app.command()
 def quantize(
     src:Annotated[str, typer.Argument(help='A diffusers model folder, a pipeline folder, or the name of a shipped model (mini-ldm).')], # what to work on
@@ -212,7 +212,7 @@ def quantize(
     result = run_quantize(source, dst, work_dir or dst.with_name(dst.name + '.work'), calibration, force, settings)
     give(result, as_json)
 
-# %% ../nbs/18_cli.ipynb #391af053
+# %% ../nbs/18_cli.ipynb #06ecf633
 def run_quantize(
     source:Source,    # what to quantize
     dst:Path,         # where to
@@ -240,7 +240,7 @@ def run_quantize(
     return dict(dst=str(dst), layers=len(import_module('aquatic_nb.layers').packed_layers(model)), bits=round(report['bits'], 4), bits_all_parameters=round(report['bits_all'], 4),
                 file_bytes=size, seconds=round(time.perf_counter() - start, 1))
 
-# %% ../nbs/18_cli.ipynb #11594927
+# %% ../nbs/18_cli.ipynb #614866fb
 def sample_images(
     pipe,           # a pipeline
     n:int,          # how many
@@ -270,7 +270,7 @@ def sample_images(
     bar.close()
     return torch.cat(out), labels
 
-# %% ../nbs/18_cli.ipynb #69a6b9ad
+# %% ../nbs/18_cli.ipynb #1f43fb6a
 def save_images(
     images, # [n, C, H, W] in 0..1
     labels, # for the names, may be empty
@@ -286,7 +286,7 @@ def save_images(
         paths.append(write_atomic(Path(folder)/name, lambda tmp: image.save(tmp, format='PNG')))
     return paths
 
-# %% ../nbs/18_cli.ipynb #3be4e068
+# %% ../nbs/18_cli.ipynb #2dc4e396
 Steps = Annotated[int, typer.Option(help='Denoising steps.')]
 Guidance = Annotated[float, typer.Option(help='Guidance scale.')]
 
@@ -294,7 +294,7 @@ def _classes(text): # '0,3,5' -> [0, 3, 5]
     try: return [int(o) for o in text.split(',')] if text else None
     except ValueError as e: raise ValueError(f'--classes {text!r}: expected numbers with commas, e.g. 0,3,5') from e
 
-# %% ../nbs/18_cli.ipynb #64be62ec
+# %% ../nbs/18_cli.ipynb #38b15425
 @app.command()
 def sample(
     src:Annotated[str, typer.Argument(help='A pipeline folder, packed or not, or mini-ldm.')], # what to work on
@@ -316,9 +316,10 @@ def sample(
     paths = save_images(images, labels, out)
     give(dict(folder=str(out), images=[o.name for o in paths], labels=labels, seconds=round(time.perf_counter() - start, 2)), as_json, f'{len(paths)} images in {out}')
 
-# %% ../nbs/18_cli.ipynb #f5a5f5f6
+# %% ../nbs/18_cli.ipynb #99eaaf28
 def compare(
-    images, labels, # of the model in question
+    images, # [n, C, H, W] in 0..1, of the model in question
+    labels, # class of each
     reference=None, # images of another model, same seeds and classes
     small=False,    # the shipped classifier knows these classes
 )->dict:            # accuracy, accuracy_reference, psnr_db
@@ -331,7 +332,7 @@ def compare(
     if reference is not None: result['psnr_db'] = metrics.psnr_of((images - reference).double().square().mean((1, 2, 3)).numpy())
     return {k: round(v, 4) for k, v in result.items()}
 
-# %% ../nbs/18_cli.ipynb #cc5d3a8b
+# %% ../nbs/18_cli.ipynb #f274e3fc
 @app.command()
 def evaluate(
     src:Annotated[str, typer.Argument(help='A pipeline folder, packed or not, or mini-ldm.')], # what to work on
@@ -352,7 +353,7 @@ def evaluate(
     if not small and against is None: raise ValueError('for this model there is nothing to measure without a reference; give --against, e.g. the dense pipeline')
     give(compare(images, labels, found[1][0] if len(found) > 1 else None, small), as_json)
 
-# %% ../nbs/18_cli.ipynb #91412ada
+# %% ../nbs/18_cli.ipynb #31f07a51
 @app.command()
 def info(
     src:Annotated[str, typer.Argument(help='A model or pipeline folder, or mini-ldm.')], # what to work on
@@ -370,7 +371,7 @@ def info(
     lines = '\n'.join(f'{k}: {v}' for k, v in result.items())
     give({**result, 'layers': table.to_dict('records')}, as_json, f'{table.to_string(index=False)}\n{lines}' if layers else lines)
 
-# %% ../nbs/18_cli.ipynb #38abc90f
+# %% ../nbs/18_cli.ipynb #7f041b4e
 @app.command()
 def bench(
     src:Annotated[str, typer.Argument(help='A packed model or pipeline folder.')], # what to work on
@@ -394,7 +395,7 @@ def bench(
     times['unpacked'] = median_seconds(lambda m=hub.dequantize(model): m(**call), repeats, 'unpacked')
     give(dict(machine=machine(), batch=batch, seconds={k: round(v, 5) for k, v in times.items()}), as_json)
 
-# %% ../nbs/18_cli.ipynb #d9dbb0a2
+# %% ../nbs/18_cli.ipynb #59ae7994
 def median_seconds(
     call,    # what to time
     repeats, # timed calls
@@ -408,7 +409,7 @@ def median_seconds(
             start = time.perf_counter(); call(); seen.append(time.perf_counter() - start)
     return sorted(seen)[len(seen)//2]
 
-# %% ../nbs/18_cli.ipynb #f539efed
+# %% ../nbs/18_cli.ipynb #ea80e86f
 @app.command('convert-ldm4')
 def convert(
     ckpt:Annotated[Path, typer.Argument(help='The original checkpoint, e.g. model.ckpt of cin256-v2.')], # original checkpoint
@@ -420,7 +421,7 @@ def convert(
     if not ckpt.exists(): raise FileNotFoundError(f'{str(ckpt)!r} does not exist; give the original checkpoint file')
     give(dict(dst=str(import_module('aquatic_nb.zoo').convert_ldm4(ckpt, dst, config))), as_json)
 
-# %% ../nbs/18_cli.ipynb #df006e6e
+# %% ../nbs/18_cli.ipynb #53c3d6ff
 @app.command()
 def version(
     as_json:Json=False, # result as JSON
@@ -430,7 +431,7 @@ def version(
     give(dict(aquatic_nb=aquatic_nb.__version__, torch=torch.__version__, **found, machine=machine()), as_json, f'aquatic_nb {aquatic_nb.__version__}, torch {torch.__version__}, '
          + ', '.join(f'{k} {v}' for k, v in found.items()) + f'\n{machine()}')
 
-# %% ../nbs/18_cli.ipynb #92c4a10b
+# %% ../nbs/18_cli.ipynb #5abd5c28
 @app.command()
 def demo(
     out:Annotated[Path, typer.Option(help='Folder for the result.')]=Path('demo'), # folder for the result
@@ -447,7 +448,7 @@ def demo(
     settings = dict(bits=bits, act_bits=act_bits, seed=seed, tune=10. if full else None, n_calibration=48 if full else 24)
     give(run_demo(out, settings, n or (2000 if full else 200)), as_json)
 
-# %% ../nbs/18_cli.ipynb #5a1e5ff6
+# %% ../nbs/18_cli.ipynb #efcb82e8
 def run_demo(
     out:Path,     # folder for the result
     settings:dict,# for `quantize_unet`
@@ -479,12 +480,14 @@ def run_demo(
     write_atomic(out/'report.md', report_text(result, table).encode())
     return {'report': str(out/'report.md'), 'table': str(out/'report.csv'), 'pictures': str(out/'side_by_side.png'), 'model': str(out/'model'), **result}
 
-# %% ../nbs/18_cli.ipynb #20a74dcf
-def out_size(folder)->int: # bytes of the weight files of a model folder
+# %% ../nbs/18_cli.ipynb #92739f8b
+def out_size(
+    folder, # a model folder
+)->int:     # bytes of its weight files
     "Size of a model on disk."
     return sum(f.stat().st_size for f in Path(folder).glob('*.safetensors'))
 
-# %% ../nbs/18_cli.ipynb #6601fb26
+# %% ../nbs/18_cli.ipynb #0e5024d9
 def side_by_side(
     before, # [n, C, H, W] full precision, in 0..1
     after,  # the same, quantized
@@ -507,7 +510,7 @@ def side_by_side(
     fig.savefig(path, format='png', dpi=90)
     plt.close(fig)
 
-# %% ../nbs/18_cli.ipynb #3e78d0c9
+# %% ../nbs/18_cli.ipynb #09780b39
 def report_text(
     r:dict, # as `run_demo` found it
     table,  # as `quant_report` gives

@@ -1,13 +1,12 @@
 """The command line as a person or a script meets it: results on stdout, messages on stderr, exit codes, nothing overwritten."""
 import aquatic_nb # first: torchvision may lack its operators
-import json, os, signal, subprocess, sys, time
-from pathlib import Path
+import json, signal, subprocess, sys, time
 
 import pytest
 
 from aquatic_nb import cli
 from aquatic_nb.core import work_lock
-from packed_models import conditional, ddpm, pack_model, plain
+from packed_models import conditional, ddpm, plain
 
 def aquatic(capsys, *args):
     "Run a command in this process."
@@ -46,6 +45,14 @@ def test_quantize_a_model_folder(tmp_path, capsys):
     assert json.loads(out)['bits'] <= 6 and 'GB of memory' in err
     code, out, err = aquatic(capsys, 'quantize', tmp_path/'small', tmp_path/'again', *QUICK)
     assert code == 2 and 'already quantized' in err
+
+def test_activations(tmp_path, capsys):
+    from aquatic_nb.act import act_layers
+    from aquatic_nb.hub import load_quantized
+    conditional().save_pretrained(tmp_path/'dense')
+    code, out, err = aquatic(capsys, 'quantize', tmp_path/'dense', tmp_path/'small', '--bits', '6', '--act-bits', '8', '--trajectories', '2', '--uniform')
+    assert code == 0, err
+    assert act_layers(load_quantized(tmp_path/'small')) and json.loads((tmp_path/'small'/'config.json').read_text())['quantization_config']['act_bits'] == 8
 
 def test_plan_reads_no_weights(pipe_folder, tmp_path, capsys):
     import shutil
