@@ -6,7 +6,7 @@
 __all__ = ['search_codes', 'damp', 'corrected_target', 'State', 'start', 'sweep_codes', 'refit_codebooks', 'refit_scales',
            'round_storage', 'encode_rows', 'to_aq', 'encode', 'relative_error']
 
-# %% ../nbs/06_beam.ipynb #b682970e
+# %% ../nbs/06_beam.ipynb #b3280541
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,11 +14,11 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from .aq import AQTensor, Scheme, kmeans_assign, n_groups, residual_kmeans, sum_codewords
+from .aq import AQTensor, Scheme, kmeans_assign, residual_kmeans, sum_codewords
 from .core import generator
 from .kaq import pad_h
 
-# %% ../nbs/06_beam.ipynb #c8995b5a
+# %% ../nbs/06_beam.ipynb #1f46490b
 @njit(nogil=True, fastmath=True, cache=True)
 def _search_tables(dots, norms, cross, codes, beam, rounds):
     "Beam and ICM for each row of `codes` [O, M] in place; tables dots [O, M, K], norms [M, K], cross [M, M, K, K]."
@@ -62,7 +62,7 @@ def _search_tables(dots, norms, cross, codes, beam, rounds):
             if not moved: break
         codes[o] = best
 
-# %% ../nbs/06_beam.ipynb #0e46f12a
+# %% ../nbs/06_beam.ipynb #18ea3fb7
 def _search_torch(a, C, CH, norms, codes, beam, rounds):
     "The same search without tables: a [O, d], C and CH [M, K, d], norms [M, K], codes [O, M]; returns new codes."
     O, (M, K, d) = len(a), C.shape
@@ -85,7 +85,7 @@ def _search_torch(a, C, CH, norms, codes, beam, rounds):
             best[:, m] = torch.where(low < old - 1e-6*old.abs(), k.to(best.dtype), best[:, m])
     return best
 
-# %% ../nbs/06_beam.ipynb #ac1b6a65
+# %% ../nbs/06_beam.ipynb #36f8f8d2
 def search_codes(
     a:Tensor,     # [O, d] float32 linear terms
     C:Tensor,     # [M, K, d] float32 codebooks
@@ -108,7 +108,7 @@ def search_codes(
     _search_tables(dots.numpy(), norms.contiguous().numpy(), cross.numpy(), new.numpy(), beam, rounds)
     return new
 
-# %% ../nbs/06_beam.ipynb #79e7f912
+# %% ../nbs/06_beam.ipynb #ab4366f8
 def damp(
     H:Tensor,      # [N, N] second moments
     fraction=.1,   # of the mean diagonal
@@ -128,7 +128,7 @@ def corrected_target(
     if D is None or not D.any(): return W
     return W + torch.linalg.solve(H, (W @ D).T).T
 
-# %% ../nbs/06_beam.ipynb #e220ab36
+# %% ../nbs/06_beam.ipynb #a520ff81
 @dataclass
 class State:
     "What the encoder is working on: the problem, and the current answer."
@@ -145,7 +145,7 @@ class State:
     def loss(self): E = self.W - self.What; return ((E @ self.H)*E).sum(dtype=torch.float64).item()
     def note(self, step): self.trace.append((step, self.loss()))
 
-# %% ../nbs/06_beam.ipynb #c92063e0
+# %% ../nbs/06_beam.ipynb #8a7009f2
 def start(
     W:Tensor,        # [O, J*d] target rows
     H:Tensor,        # [J*d, J*d] damped second moments
@@ -172,7 +172,7 @@ def start(
     st.What = st.decode(); st.note('k-means')
     return st
 
-# %% ../nbs/06_beam.ipynb #73ddca33
+# %% ../nbs/06_beam.ipynb #3e945100
 def _start_uniform(W, H, scheme, grid=24):
     "Integers: the row scale with the least diag(H)-weighted error on a grid of clipping ranges."
     half, h = scheme.n_codewords//2, H.diagonal()
@@ -189,7 +189,7 @@ def _start_uniform(W, H, scheme, grid=24):
     st.What = st.decode(); st.note('rounding')
     return st
 
-# %% ../nbs/06_beam.ipynb #e4dbd634
+# %% ../nbs/06_beam.ipynb #9be1e9e9
 def sweep_codes(
     st:State,    # changed in place
     beam:int=8,  # partial sums kept
@@ -197,7 +197,7 @@ def sweep_codes(
     columns=144, # columns in a block
 ):
     "Re-decide the codes of every group, one group after the other; the loss never rises."
-    s, W, H, d = st.scheme, st.W, st.H, st.scheme.group_size
+    W, H, d = st.W, st.H, st.scheme.group_size
     J, per = st.codes.shape[1], max(1, columns//st.scheme.group_size)
     G = (W - st.What) @ H
     inv = torch.where(st.scales > 0, 1/st.scales.clamp(min=1e-30), 0)[:, None]
@@ -217,7 +217,7 @@ def sweep_codes(
         if j1 < J: G[:, j1*d:] -= moved @ H[block, j1*d:]
     st.note('codes')
 
-# %% ../nbs/06_beam.ipynb #36b11e0f
+# %% ../nbs/06_beam.ipynb #5882d015
 def _scatter(st, X):
     "A^T X: what each codeword's users add up to."
     M, K, d = st.C.shape
@@ -239,7 +239,7 @@ def _codeword_blocks(st, ridge):
     lift = (1e-3*size + ridge*size.mean()).clamp(min=1e-20)
     return torch.linalg.inv(B + lift[:, None, None]*torch.eye(d, device=B.device)).reshape(M, K, d, d), ridge*size.mean()
 
-# %% ../nbs/06_beam.ipynb #2af07522
+# %% ../nbs/06_beam.ipynb #d24b3a2b
 def refit_codebooks(
     st:State,    # changed in place
     iters:int=8, # conjugate-gradient steps
@@ -264,7 +264,7 @@ def refit_codebooks(
     if torch.isfinite(x).all(): st.C = st.C + x; st.What = st.decode()
     st.note('codebooks')
 
-# %% ../nbs/06_beam.ipynb #68d93e5b
+# %% ../nbs/06_beam.ipynb #f0c96028
 def refit_scales(
     st:State, # changed in place
 ):
@@ -276,7 +276,7 @@ def refit_scales(
     st.What = raw*st.scales[:, None]
     st.note('scales')
 
-# %% ../nbs/06_beam.ipynb #77da1ce1
+# %% ../nbs/06_beam.ipynb #e47d9aa2
 def round_storage(
     st:State, # changed in place
 ):
@@ -295,7 +295,7 @@ def _to_half(scales):
     if bad.any(): raise ValueError(f'{int(bad.sum())} of {len(scales)} row scales lie outside the range of fp16 (from {float(scales.min()):.3g} to {float(scales.max()):.3g}); rescale the weight or keep this layer dense')
     return half
 
-# %% ../nbs/06_beam.ipynb #813b7496
+# %% ../nbs/06_beam.ipynb #e4063b77
 def encode_rows(
     W:Tensor,            # [O, N] weight rows
     H:Tensor|None,       # [N, N] second moments of the inputs, undamped; None: plain weight error
@@ -333,7 +333,7 @@ def to_aq(
     dtype = torch.int8 if st.scheme.codebook_dtype == 'int8' else torch.float16
     return AQTensor(st.codes.to(torch.int16), st.C.to(dtype), st.scales.half(), shape, st.scheme)
 
-# %% ../nbs/06_beam.ipynb #2a35d8fb
+# %% ../nbs/06_beam.ipynb #18cf8980
 def encode(
     weight:Tensor,  # dense weight [O, ...]
     H:Tensor|None,  # [fan_in, fan_in] second moments of the inputs, or None
