@@ -22,7 +22,7 @@ import sys
 import tempfile
 import warnings
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, wraps
 from pathlib import Path
 
 import torch
@@ -33,11 +33,20 @@ from .aq import Scheme, stored_bytes
 from .layers import AQLinear, register_kernel, uniform_codebook
 
 # %% ../nbs/13_cuda.ipynb #caf2b335
-@lru_cache(maxsize=None)
+def _remember(maxsize):
+    "`lru_cache` that stays an ordinary function, so that the pages show the comments on its parameters."
+    def wrap(f):
+        cached = lru_cache(maxsize)(f)
+        @wraps(f)
+        def call(*args, **kwargs): return cached(*args, **kwargs)
+        return call
+    return wrap
+
+@_remember(None)
 def gather_cycles(
     words:int,      # 32-bit words of one codeword
     copies:int=1,   # copies of the table; lane l reads copy l mod `copies`
-    n_codewords=256,# K
+    n_codewords=256, # K
     trials=2000,    # warps simulated
 )->float:           # shared-memory cycles until 32 lanes have one random codeword each
     "Simulated cost of one warp's gather: for every load, the requests to the busiest bank."
@@ -635,7 +644,7 @@ extern "C" int launch(Args a, const u64* sizes, int gx, int gy, int gz, int shar
 '''
 
 # %% ../nbs/13_cuda.ipynb #65885a30
-@lru_cache(maxsize=64)
+@_remember(64)
 def emulated(
     program:Program, # what to run
 )->ctypes.CDLL:      # with one function, `launch`
@@ -731,8 +740,10 @@ class Gpu:
             params = (ctypes.c_void_p*1)(ctypes.addressof(a))
             _must(self.driver.cuLaunchKernel(function, *launch.grid, 128, 1, 1, launch.program.shared_bytes(), stream, params, None), f'launch of {launch.program.kernel}')
 
-@lru_cache(maxsize=None)
-def gpu(index:int)->Gpu:
+@_remember(None)
+def gpu(
+    index:int, # of the CUDA device, as torch counts them
+)->Gpu:        # the same object for every call with this index
     "The one `Gpu` of a device."
     return Gpu(index)
 
@@ -813,7 +824,12 @@ class Launch:
     grid:tuple      # blocks in x, y, z
     splits:int = 1  # parts of the sum
 
-def fill(blocks, steps, least, sms):
+def fill(
+    blocks:int, # blocks of the grid before the sum is cut
+    steps:int,  # steps of the sum
+    least:int,  # fewest steps worth a part of their own
+    sms:int,    # multiprocessors of the device
+)->int:         # parts, 1..8
     "Parts into which a sum of `steps` is cut so that `blocks` fill `sms` multiprocessors twice, each part at least `least` steps."
     return max(1, min(-(-2*sms//blocks), steps//least, 8))
 
@@ -857,7 +873,7 @@ def expected(
     return 2e-6 + max(gather*tiles + work, (packed + maps)/chip.bandwidth)
 
 # %% ../nbs/13_cuda.ipynb #08c7a95d
-@lru_cache(maxsize=8)
+@_remember(8)
 def read_table(
     path:str, # CSV with columns chip, kind, O, N, tokens, how
 )->dict:      # (chip, kind, O, N, tokens) -> how
@@ -884,7 +900,7 @@ def choose(
     return how if how in fused + ['scratch'] else min(fused + ['scratch'], key=lambda h: expected(h, scheme, job, chip))
 
 # %% ../nbs/13_cuda.ipynb #3189d077
-@lru_cache(maxsize=4096)
+@_remember(4096)
 def launches(
     scheme:Scheme,   # how the layer is stored
     job:Job,         # the call
@@ -910,7 +926,12 @@ def tidy(
     if not last: x = x.contiguous()
     return x if x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.preserve_format)
 
-def buffers(layer, x, y, partial=None):
+def buffers(
+    layer,        # packed layer
+    x:Tensor,     # its input, fp16 or bf16
+    y:Tensor,     # the output to write, dtype of x
+    partial=None, # float32 [splits*y.numel()], sums of the parts; None where the sum is whole
+)->dict:          # name -> tensor or None
     "The tensors of one launch by the names of `Args`."
     books = layer.codebooks if layer.codebooks is not None else uniform_codebook(layer.scheme, x.device)
     return dict(codes=layer.codes, bits=layer.codes_hi, books=books, scales=layer.scales, bias=layer.bias, x=x, y=y, partial=partial)
@@ -974,7 +995,10 @@ def supports_cuda(
     backend = gpu(x.device.index)
     return backend.broken or (why_not_fused(layer.scheme, job_of(layer, x), backend.chip.shared) if fused else None)
 
-def why_not_call(layer, x):
+def why_not_call(
+    layer,    # packed layer
+    x:Tensor, # its input
+)->str|None:  # None if the kernels can take it, else the reason
     "Why this layer on this input is for another kernel, whatever the device."
     if layer.scales.device != x.device: return f'the weight is on {layer.scales.device}, the input on {x.device}'
     if layer.bias is not None and layer.bias.dtype != x.dtype: return f'the bias is {layer.bias.dtype}, the input {x.dtype}'
