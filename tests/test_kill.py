@@ -4,7 +4,7 @@
 """
 import os
 os.environ.setdefault('OMP_NUM_THREADS', '1')
-import aquatic_nb # first: torchvision may lack its operators
+import aquatic_nb # noqa: F401 first: torchvision may lack its operators
 import hashlib, json, multiprocessing, random, shutil, sys, time
 from pathlib import Path
 
@@ -80,5 +80,8 @@ def test_fifty_kills(tmp_path):
 if __name__ == '__main__':
     folder, kills = Path(sys.argv[1]), int(sys.argv[2])
     want, seconds = whole_run(folder, 'fork')
-    finished = list(kill_until_done(folder, kills, seconds, 1, 'fork', folder/'kills.jsonl'))
+    finished = []
+    for found in kill_until_done(folder, kills, seconds, 1, 'fork', folder/'kills.jsonl'):
+        finished.append(found)
+        print('the same bytes' if found == want else 'OTHER BYTES', flush=True)
     print(f'{kills} kills, {len(finished)} finished runs, {sum(o == want for o in finished)} with the same bytes; an unbroken run takes {seconds:.1f} s')
