@@ -120,7 +120,7 @@ def check_act_bits(
     if isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= 8:
         raise ValueError(f'activation bits: {bits!r}, expected a whole number from 2 to 8 (8, 6 and 4 are tried), or None for none')
 
-# %% ../nbs/09_act.ipynb #45f0da10
+# %% ../nbs/09_act.ipynb #94e9b605
 @torch.no_grad()
 def nearest_bucket(
     t:Tensor,       # [n] timesteps
@@ -151,6 +151,7 @@ def _spread(self, table, x):
     shape[0], shape[dim] = table.shape[0], table.shape[1]
     return table.reshape(shape)
 
+# %% ../nbs/09_act.ipynb #45f0da10
 @torch.no_grad()
 def _quantize(self,
     x:Tensor, # [B, C, H, W] or [B, ..., C]
@@ -170,7 +171,7 @@ def _forward(self,
 
 ActQuant.rows, ActQuant.spread, ActQuant.quantize, ActQuant.forward = _rows, _spread, _quantize, _forward
 
-# %% ../nbs/09_act.ipynb #780becbd
+# %% ../nbs/09_act.ipynb #ced7bc16
 def sample_values(
     v:Tensor,       # [n] values
     keep:int,       # size of the random sample
@@ -199,6 +200,7 @@ def range_error(
     q = ((v/scale[:, None]).round() + zero[:, None]).clamp(0, top)
     return (((q - zero[:, None])*scale[:, None] - v).square()*w).sum(1), scale, zero
 
+# %% ../nbs/09_act.ipynb #780becbd
 def search_range(
     v:Tensor,    # [n] values
     w:Tensor,    # [n] weights
@@ -289,7 +291,7 @@ def fit_act(
         scale[:, h], zero[:, h] = scale[near, h], zero[near, h]
     return ActQuant(bits, watch.timesteps, scale, zero, watch.split)
 
-# %% ../nbs/09_act.ipynb #478e6dfc
+# %% ../nbs/09_act.ipynb #e0fa1991
 def _call_times(model, batches)->Tensor:
     "All timesteps in a list of calls."
     where = _time_argument(type(model))
@@ -328,6 +330,7 @@ def attach_act(
     for n, w in watches.items(): packed[n].act = fit_act(w, bits).to(packed[n].scales.device) if w.parts else None
     return model
 
+# %% ../nbs/09_act.ipynb #478e6dfc
 def act_layers(
     model:nn.Module, # any model
 )->dict:             # packed layer name -> ActQuant
