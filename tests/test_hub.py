@@ -1,5 +1,5 @@
 """A packed model in the hands of diffusers: everything that a user does with a dense one."""
-import aquatic_nb # first: torchvision may lack its operators
+import aquatic_nb # noqa: F401  first: torchvision may lack its operators
 import copy, errno, json, subprocess, sys, threading
 from pathlib import Path
 
