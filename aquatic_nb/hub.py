@@ -9,7 +9,7 @@ __all__ = ['FORMAT_VERSION', 'CHECKSUMS', 'DTYPES', 'checksum', 'entry_checksum'
            'attach', 'dense_layers', 'dequantize', 'model_class', 'weight_files', 'load_quantized', 'save_quantized',
            'lora_config']
 
-# %% ../nbs/14_hub.ipynb #86ba89af
+# %% ../nbs/14_hub.ipynb #4fab6a7b
 import importlib
 import json
 import math
@@ -32,7 +32,7 @@ from .aq import AQTensor, Scheme, n_groups
 from .core import work_lock
 from .layers import AQConv2d, AQLayer, AQLinear, from_aq, packed_layers, swap
 
-# %% ../nbs/14_hub.ipynb #54c1a6e4
+# %% ../nbs/14_hub.ipynb #0b36dc9e
 FORMAT_VERSION = 1
 CHECKSUMS = 'aquatic.checksums'
 DTYPES = {'F64': torch.float64, 'F32': torch.float32, 'F16': torch.float16, 'BF16': torch.bfloat16, 'I64': torch.int64, 'I32': torch.int32,
@@ -51,7 +51,7 @@ def checksum(
 
 def _raw(t): return t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
-# %% ../nbs/14_hub.ipynb #ccda93f6
+# %% ../nbs/14_hub.ipynb #42a7d9d7
 def entry_checksum(
     entry:dict, # the `quantization_config` of config.json
 )->bytes:       # 4 bytes, little-endian
@@ -67,7 +67,7 @@ def checksums(
     rows = [checksum(n, _NAMES[t.dtype], t.shape, _raw(t)) for n, t in sorted(tensors.items())] + [entry_checksum(entry)]
     return torch.tensor([list(r) for r in rows], dtype=torch.uint8)
 
-# %% ../nbs/14_hub.ipynb #5844d794
+# %% ../nbs/14_hub.ipynb #c1ff2685
 def shared_codebooks(
     model:nn.Module, # a model with packed layers
 )->dict:             # name of the first layer -> names of the others, where there are others
@@ -84,7 +84,7 @@ def packed_names(
     names = set(names)
     return sorted(n[:-7] for n in names if n.endswith('.scales') and {n[:-6] + 'codes', n[:-6] + 'codes_hi'} & names)
 
-# %% ../nbs/14_hub.ipynb #d84f1f66
+# %% ../nbs/14_hub.ipynb #583dcad8
 def file_tensors(
     state:dict, # a packed model's `state_dict()`
     entry:dict, # the `quantization_config` of config.json
@@ -102,7 +102,7 @@ def file_tensors(
     out.update({f'{n}.weight': torch.empty((0,) if f'{n}.codebooks' in state else (0, 1), dtype=torch.uint8) for n in packed_names(state)})
     return {**out, CHECKSUMS: checksums(out, entry)}
 
-# %% ../nbs/14_hub.ipynb #fcfaac87
+# %% ../nbs/14_hub.ipynb #092130b3
 class AquaticMethod(str, Enum):
     "The name under which diffusers knows this package."
     AQUATIC = 'aquatic'
@@ -117,7 +117,7 @@ def _names_of(table):
     names = [o for k, v in table.items() for o in (k, *v)]
     if len(set(names)) < len(names): raise ValueError('AquaticConfig: shared_codebooks names a layer twice')
 
-# %% ../nbs/14_hub.ipynb #bbfdbb21
+# %% ../nbs/14_hub.ipynb #5f1d53f7
 class AquaticConfig(QuantizationConfigMixin):
     "The `quantization_config` entry of a packed model, or what to do with a dense one while it is loaded."
     def __init__(self,
@@ -148,7 +148,7 @@ class AquaticConfig(QuantizationConfigMixin):
 
 auto.AUTO_QUANTIZATION_CONFIG_MAPPING['aquatic'] = AquaticConfig # in place of the stand-in from `core`
 
-# %% ../nbs/14_hub.ipynb #3784e268
+# %% ../nbs/14_hub.ipynb #ddce10f1
 def _entry(path, name, e, size):
     "One line of a safetensors header as (dtype, shape, begin, end); ValueError where it cannot be right."
     lead = f'{path}: tensor {name!r}'
@@ -160,7 +160,7 @@ def _entry(path, name, e, size):
     if b - a != want or b > size: raise ValueError(f'{lead}: shape {shape} of {dtype} takes {want:,} bytes, the header gives it {b - a:,} and the file has {size:,}')
     return dtype, shape, a, b
 
-# %% ../nbs/14_hub.ipynb #f41b5f09
+# %% ../nbs/14_hub.ipynb #1a0aaca5
 def read_header(
     path, # a safetensors file
 )->dict:  # name -> (dtype, shape, begin, end), positions in the file
@@ -177,7 +177,7 @@ def read_header(
     if sum(b - a for _, _, a, b in found.values()) != size - 8 - n: raise ValueError(f'{path}: tensors do not fill the file; get it again')
     return {name: (dtype, shape, a + 8 + n, b + 8 + n) for name, (dtype, shape, a, b) in found.items()}
 
-# %% ../nbs/14_hub.ipynb #e02e132a
+# %% ../nbs/14_hub.ipynb #f08dacd9
 class StoredModel:
     "The tensors of one model's files, by name."
     def __init__(self,
@@ -216,7 +216,7 @@ class StoredModel:
         if table[-4:] != entry_checksum(entry):
             raise ValueError(f'{self.paths[0]}: the entry "quantization_config" of config.json is not the one this model was saved with; restore config.json')
 
-# %% ../nbs/14_hub.ipynb #83d910b6
+# %% ../nbs/14_hub.ipynb #f60d2d26
 def stored_scheme(
     stored:StoredModel, # the files
     name:str,           # packed layer
@@ -240,7 +240,7 @@ def stored_scheme(
     try: return Scheme(M, K.bit_length() - 1, d, 'int8' if dtype == 'I8' else 'fp16')
     except ValueError as err: raise ValueError(f'{lead}: {err}') from err
 
-# %% ../nbs/14_hub.ipynb #ed647eb1
+# %% ../nbs/14_hub.ipynb #da863f2d
 def empty_layer(
     module:nn.Module, # nn.Conv2d or nn.Linear on the meta device
     scheme:Scheme,    # how its weight is stored
@@ -251,7 +251,7 @@ def empty_layer(
     books = torch.empty(scheme.n_codebooks, scheme.n_codewords, scheme.group_size, dtype=torch.int8 if scheme.codebook_dtype == 'int8' else torch.float16, device='meta')
     return from_aq(module, AQTensor(codes, books, torch.empty(O, dtype=torch.float16, device='meta'), module.weight.shape, scheme))
 
-# %% ../nbs/14_hub.ipynb #9e73d5d9
+# %% ../nbs/14_hub.ipynb #4c9d557a
 def stored_act(
     stored:StoredModel, # the files
     name:str,           # packed layer
@@ -269,7 +269,7 @@ def stored_act(
         return ActQuant(bits, *parts, split=splits[name] if halves == 2 else None)
     except (ValueError, KeyError, IndexError, RuntimeError) as err: raise ValueError(f'{lead}: activation ranges are unusable ({err}); get the file again') from err
 
-# %% ../nbs/14_hub.ipynb #f17b8065
+# %% ../nbs/14_hub.ipynb #eba785bc
 def lay_out(
     model:nn.Module,     # the dense model on the meta device; changed in place
     stored:StoredModel,  # its files
@@ -291,7 +291,7 @@ def lay_out(
     check_tensors(model, stored, books)
     return {f'{n}.{k}' for n, m in packed_layers(model).items() for k in m.state_dict()}
 
-# %% ../nbs/14_hub.ipynb #243d04b0
+# %% ../nbs/14_hub.ipynb #0e33bc6c
 def check_tensors(
     model:nn.Module,   # laid out
     stored:StoredModel,# its files
@@ -308,7 +308,7 @@ def check_tensors(
         if shape != tuple(t.shape) or (DTYPES[dtype] != t.dtype if fixed else not DTYPES[dtype].is_floating_point):
             raise ValueError(f'{stored.where[n]}: tensor {n!r} is {dtype} {list(shape)}, expected {_NAMES[t.dtype] if fixed else "a floating dtype"} {list(t.shape)}; get the file again')
 
-# %% ../nbs/14_hub.ipynb #c16a9b55
+# %% ../nbs/14_hub.ipynb #eab9de29
 def check_values(
     model:nn.Module, # loaded
     where:str,       # its file, for the message
@@ -326,11 +326,11 @@ def check_values(
             reach = int(layer.codebooks.int().abs().amax(1).sum(0).max())
             if reach > 127: raise ValueError(f'{where}: layer {name!r}: int8 codebooks can add up to {reach}, expected at most 127; get the file again')
 
-# %% ../nbs/14_hub.ipynb #34de3e9d
+# %% ../nbs/14_hub.ipynb #9d1302c3
 if not hasattr(DiffusersQuantizer, 'get_state_dict_and_metadata'):
     raise ImportError('aquatic_nb.hub needs diffusers 0.40 or newer: older ones give a backend no say in what is saved; pip install -U diffusers')
 
-# %% ../nbs/14_hub.ipynb #95d41c9f
+# %% ../nbs/14_hub.ipynb #55618d1f
 def pack_loaded(
     model,                # a dense model that has just been loaded; packed in place
     config:AquaticConfig, # what it should become
@@ -340,7 +340,7 @@ def pack_loaded(
     importlib.import_module('aquatic_nb.quant').quantize_unet(model, config.bits, calibration=None)
     config.shared_codebooks = shared_codebooks(model)
 
-# %% ../nbs/14_hub.ipynb #f7080936
+# %% ../nbs/14_hub.ipynb #90e104f7
 class AquaticQuantizer(DiffusersQuantizer):
     "What diffusers asks when it loads or saves a packed model."
     use_keep_in_fp32_modules = True
@@ -392,7 +392,7 @@ class AquaticQuantizer(DiffusersQuantizer):
 
 auto.AUTO_QUANTIZER_MAPPING['aquatic'] = AquaticQuantizer
 
-# %% ../nbs/14_hub.ipynb #bb41e32a
+# %% ../nbs/14_hub.ipynb #42ba618a
 def attach(
     model, # a diffusers model with packed layers
     bits=None, # what was asked for
@@ -409,7 +409,7 @@ def attach(
     model.register_to_config(quantization_config=config)
     return model
 
-# %% ../nbs/14_hub.ipynb #ad6e81cc
+# %% ../nbs/14_hub.ipynb #111af3f8
 def dense_layers(
     model, # any model; changed in place
 ):         # the model
@@ -435,7 +435,7 @@ def dequantize(
     model.is_quantized = False
     return model
 
-# %% ../nbs/14_hub.ipynb #ba4f4457
+# %% ../nbs/14_hub.ipynb #544ebe9d
 def model_class(
     folder, # a diffusers model folder
 ):          # the class that its config.json names
@@ -448,7 +448,7 @@ def model_class(
     if not hasattr(cls, 'from_pretrained') or not issubclass(cls, nn.Module): raise ValueError(f'{path}: _class_name {name!r} is no model class of diffusers')
     return cls
 
-# %% ../nbs/14_hub.ipynb #4b22038f
+# %% ../nbs/14_hub.ipynb #f35eaa73
 def weight_files(
     folder, # a diffusers model folder
 )->list:    # of paths
@@ -481,7 +481,7 @@ def load_quantized(
     except (TypeError, KeyError, AttributeError, IndexError, ZeroDivisionError, NotImplementedError) as e: # from inside diffusers
         raise ValueError(f'{path}: no {cls.__name__} can be built from it ({type(e).__name__}: {str(e)[:200]}); get the file again') from e
 
-# %% ../nbs/14_hub.ipynb #dbb2ff9e
+# %% ../nbs/14_hub.ipynb #9eef9c4c
 def save_quantized(
     model,       # a packed model, see `attach`, or a pipeline that holds one
     folder,      # where to; made, must not exist
@@ -510,7 +510,7 @@ def save_quantized(
         raise OSError(e.errno, f'cannot write: {e.strerror or e}; free some space or check the permissions, and save again', str(folder)) from e
     return folder
 
-# %% ../nbs/14_hub.ipynb #685f0be2
+# %% ../nbs/14_hub.ipynb #ee11b2a7
 _MERGE_FIRST = 'merge it into the dense model (hub.dequantize gives one) and quantize that'
 
 def _no_merge(self, *args, **kwargs): raise ValueError(f'merge: a packed layer cannot take in an adapter; keep it as an adapter, or {_MERGE_FIRST}')
