@@ -11,7 +11,7 @@ __all__ = ['WINO', 'Emit', 'simd', 'cpu_features', 'use_simd', 'portable', 'run_
            'tune_key', 'announce', 'layer_flops', 'count_flops', 'explain_kernels', 'tune_path', 'autotune',
            'use_tuned', 'set_weight_cache']
 
-# %% ../nbs/12_cpu.ipynb #774811dc
+# %% ../nbs/12_cpu.ipynb #5e2f26d1
 import contextlib
 import functools
 import inspect
@@ -38,11 +38,10 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from torch import Tensor, nn
 
-from .aq import AQTensor
 from .core import write_atomic
 from .layers import AQLinear, packed_layers, pick_kernel, register_kernel, uniform_codebook
 
-# %% ../nbs/12_cpu.ipynb #8f50ced6
+# %% ../nbs/12_cpu.ipynb #96cc0a9e
 _F32, _I8, _I32, _I64 = ir.FloatType(), ir.IntType(8), ir.IntType(32), ir.IntType(64)
 
 class Emit:
@@ -81,7 +80,7 @@ class Emit:
         self.b.position_at_end(after)
         return new
 
-# %% ../nbs/12_cpu.ipynb #7a855c2e
+# %% ../nbs/12_cpu.ipynb #90533699
 def _lower(context, builder, kind, value):
     "Arrays become pointers, tuples lists, integers 64 bits wide."
     if isinstance(kind, types.Array): return cgutils.create_struct_proxy(kind)(context, builder, value).data
@@ -104,7 +103,7 @@ def simd(
     call.__name__ = emit.__name__
     return intrinsic(call)
 
-# %% ../nbs/12_cpu.ipynb #493444d3
+# %% ../nbs/12_cpu.ipynb #9d4fea4f
 def cpu_features()->set: # names as LLVM knows them
     "Instruction sets that numba compiles for on this machine."
     if numba.config.CPU_NAME == 'generic': return set()
@@ -129,7 +128,7 @@ def portable():
     try: yield
     finally: _forced.portable = before
 
-# %% ../nbs/12_cpu.ipynb #43069745
+# %% ../nbs/12_cpu.ipynb #6d6ec8a8
 def _jit(f):
     "Compile without the interpreter lock; keep the result on disk where there is a place for it."
     options = dict(nogil=True, error_model='numpy')
@@ -174,7 +173,7 @@ def scratch(
     start = -old.ctypes.data % 64
     return old[start:start + need].view(dtype).reshape(shape)
 
-# %% ../nbs/12_cpu.ipynb #8bd1858d
+# %% ../nbs/12_cpu.ipynb #069c5930
 @simd
 def _unpack8(e, low, high, rest, use_low, first, byte, blocks, out):
     "Blocks of eight codes: `rest` bits of each out of one 64-bit word, joined with the byte plane."
@@ -220,7 +219,7 @@ def unpack_range(
         part = (word >> (p & 7)) & mask
         out[i] = part if bits < 8 else np.int64(low[first + i]) | (part << 8)
 
-# %% ../nbs/12_cpu.ipynb #d12c9938
+# %% ../nbs/12_cpu.ipynb #2cde0910
 class Packed:
     "What the kernels need of one packed layer: codes as stored, tables made from the codebooks, scales, bias."
     def __init__(self,
@@ -258,7 +257,7 @@ class Packed:
             self.tables[kind] = tuple(made)
         return self.tables[kind]
 
-# %% ../nbs/12_cpu.ipynb #7aca0c84
+# %% ../nbs/12_cpu.ipynb #9f4977f4
 def check_call(
     p:Packed,         # the layer
     x:np.ndarray,     # its input
@@ -287,7 +286,7 @@ def aligned(a):
     out[...] = a
     return out
 
-# %% ../nbs/12_cpu.ipynb #19581e19
+# %% ../nbs/12_cpu.ipynb #b6db9276
 @simd
 def _decode_row(e, books, codes, groups, n_books, width, scale, out, off):
     "One row: groups of `width` <= 16 floats, written 16 at a time; each store's surplus is overwritten by the next."
@@ -341,7 +340,7 @@ def decode_dense(
     run_threads(_decode_simd if fast else _decode_loops, p.O, p.low, p.high, p.bits, p.J, books, p.d, p.scales, N, spare, codes, out)
     return out
 
-# %% ../nbs/12_cpu.ipynb #485e263e
+# %% ../nbs/12_cpu.ipynb #f18dc97f
 def _transpose16(e, rows):
     "16 vectors of 16 lanes, transposed by four rounds of block exchanges."
     rows = list(rows)
@@ -371,7 +370,7 @@ def _by4(e, z):
     e0, o0, e1, o1 = e.shuffle(z[0], z[1], even), e.shuffle(z[0], z[1], odd), e.shuffle(z[2], z[3], even), e.shuffle(z[2], z[3], odd)
     return [e.shuffle(e0, e1, even), e.shuffle(o0, o1, even), e.shuffle(e0, e1, odd), e.shuffle(o0, o1, odd)]
 
-# %% ../nbs/12_cpu.ipynb #6ae552ed
+# %% ../nbs/12_cpu.ipynb #70273393
 @simd
 def _f4_input(e, plane, offs, q, pitch, out, at, step):
     "Input transform of 16 tiles of one channel: four runs of four neighbouring tiles; 36 vectors, `step` apart."
@@ -399,7 +398,7 @@ def _f4_output(e, m, at, step, scale, bias, y, shift, offs, q, pitch):
         for g, o in enumerate((e.shuffle(a0, b0, lo), e.shuffle(a0, b0, hi), e.shuffle(a1, b1, lo), e.shuffle(a1, b1, hi))):
             e.store(o, y, e.add(starts[g], e.mul(pitch, r)))
 
-# %% ../nbs/12_cpu.ipynb #675b9e46
+# %% ../nbs/12_cpu.ipynb #aa072119
 @simd
 def _f4_decode(e, books, codes, rowstep, channels, out, step):
     "Transformed kernels of 12 outputs: `channels` x 12 codewords of 36, added over codebooks, transposed to [36][channel][12]."
@@ -420,7 +419,7 @@ def _f4_decode(e, books, codes, rowstep, channels, out, step):
         return []
     e.loop(channels, [], one)
 
-# %% ../nbs/12_cpu.ipynb #c968587c
+# %% ../nbs/12_cpu.ipynb #8132285a
 def _gemm(e, a, ao, astep, rows, panels, k):
     "sum_k a[k][r] * panel[k][lane]: `rows` broadcasts against one vector of each panel; all sums stay in registers."
     def step(i, acc):
@@ -446,7 +445,7 @@ def gemm12x1(e, a, ao, b, b0, k, y, yo, ystep):
     acc = _gemm(e, a, ao, 12, 12, [(b, b0)], k)
     for r in range(12): e.store(acc[r], y, e.add(yo, e.mul(ystep, r)))
 
-# %% ../nbs/12_cpu.ipynb #3a7e7cac
+# %% ../nbs/12_cpu.ipynb #01db60f8
 def _out_lanes(e, acc, panels, s, b, so, y, yo, ystep):
     "Outputs in lanes: one scale and bias per lane."
     for j in range(panels):
@@ -466,7 +465,7 @@ def gemm12x2_rows(e, a, ao, b, b0, b1, k, s, bias, so, y, yo, ystep):
         sv, bv = e.splat(e.scalar(s, e.add(so, r))), e.splat(e.scalar(bias, e.add(so, r)))
         for j in range(2): e.store(e.fma(acc[2*r + j], sv, bv), y, e.add(e.add(yo, 16*j), e.mul(ystep, r)))
 
-# %% ../nbs/12_cpu.ipynb #5a4b6e0f
+# %% ../nbs/12_cpu.ipynb #102ec5bb
 WINO = {2: dict(G=[[1, 0, 0], [.5, .5, .5], [.5, -.5, .5], [0, 0, 1]],
                 BT=[[1, 0, -1, 0], [0, 1, 1, 0], [0, -1, 1, 0], [0, 1, 0, -1]],
                 AT=[[1, 1, 1, 0], [0, 1, -1, -1]]),
@@ -484,7 +483,7 @@ def wino_books(
     t = np.einsum('ia,kab,jb->kij', G, book.astype(np.float64).reshape(-1, 3, 3), G).reshape(len(book), -1)
     return np.pad(t, ((0, 0), (0, width - t.shape[1]))).astype(np.float32)
 
-# %% ../nbs/12_cpu.ipynb #88c54d37
+# %% ../nbs/12_cpu.ipynb #85214dd4
 @_jit
 def _f4_in(lo, hi, worker, x, n0, n1, offs, quads, cols, planes, V, vstep, vquad):
     "Channels lo..hi-1: pad each plane, transform its tiles."
@@ -506,7 +505,7 @@ def _clip(tmp, groups, q, n0, o, y):
         for r in range(min(4, H - y0)):
             for i in range(min(16, W - x0)): y[n, o, y0 + r, x0 + i] = tmp[((g - 4*q)*4 + r)*16 + i]
 
-# %% ../nbs/12_cpu.ipynb #b3e1dfca
+# %% ../nbs/12_cpu.ipynb #1f7de39a
 @_jit
 def _f4_out(lo, hi, worker, low, high, bits, J, books, scales, bias, codes, U, ustep, V, vstep, vquad, quads, Mb, groups, offs, toffs, whole, n0, y):
     "Twelve outputs at a time: decode their transformed kernels, multiply position by position, transform back."
@@ -534,7 +533,7 @@ def _f4_out(lo, hi, worker, low, high, bits, J, books, scales, bias, codes, U, u
                         _f4_output(mb, r*32 + h*16, 400, scales[o], bias[o], tmp, 0, toffs, 0, 16)
                         _clip(tmp, groups, q + h, n0, o, y)
 
-# %% ../nbs/12_cpu.ipynb #1ea4c6ec
+# %% ../nbs/12_cpu.ipynb #f31595b2
 @functools.lru_cache(maxsize=512)
 def _f4_grid(images, O, H, W):
     "Runs of four 4x4 tiles: how many, where each starts in the padded planes, in the output, and in the image."
@@ -569,7 +568,7 @@ def conv3x3_f4(
 
 _patch = np.arange(4)*64   # where four 4x16 patches begin in a small buffer
 
-# %% ../nbs/12_cpu.ipynb #383dec42
+# %% ../nbs/12_cpu.ipynb #6f81c589
 @simd
 def _f2_input(e, plane, offs, tiles, pitch, out, at, step):
     "Input transform of one channel: a 4x4 patch becomes the 16 lanes of one vector; blocks of 8 tiles are `step` apart."
@@ -621,7 +620,7 @@ def _f2_tiles(books, codes, rowstep, channels, V, at, out, to, step):
     "A function of its own, so that the sums keep their registers."
     _f2_gemm(books, codes, rowstep, channels, V, at, out, to, step)
 
-# %% ../nbs/12_cpu.ipynb #302992ce
+# %% ../nbs/12_cpu.ipynb #8135b3e5
 @_jit
 def _f2_in(lo, hi, worker, x, offs, tiles, planes, V, vstep):
     "Channels lo..hi-1: pad, transform."
@@ -681,11 +680,11 @@ def conv3x3_f2(
     run_threads(_f2_out, blocks, p.low, p.high, p.bits, I, books, scales, p.bias, codes, V, vstep, tiles, where, Mb, scratch('small', (t, 80)), y)
     return y
 
-# %% ../nbs/12_cpu.ipynb #2acc3b75
+# %% ../nbs/12_cpu.ipynb #156b58ae
 @_jit
 def _wino_portable(lo, hi, worker, x, low, high, bits, books, scales, bias, m, BT, AT, V, codes, U, Mb, y):
     "Outputs lo..hi-1 of a Winograd-domain convolution in plain loops, for any tile size m; V is the transformed input [P, I, T]."
-    M, B, H, W, I, a = len(books), y.shape[0], y.shape[2], y.shape[3], x.shape[1], BT.shape[0]
+    M, H, W, I, a = len(books), y.shape[2], y.shape[3], x.shape[1], BT.shape[0]
     TH, TW, T, c, u, mb = (H + m - 1)//m, (W + m - 1)//m, V.shape[2], codes[worker], U[worker], Mb[worker]
     for o in range(lo, hi):
         unpack_range(low, high, bits, o*I*M, I*M, c, False)
@@ -723,7 +722,7 @@ def conv3x3_portable(
     run_threads(_wino_portable, p.O, x, p.low, p.high, p.bits, books, p.scales, p.bias, m, BT, AT, V, codes, U, np.empty((t, a*a, V.shape[2]), np.float32), y)
     return y
 
-# %% ../nbs/12_cpu.ipynb #90e4b3e9
+# %% ../nbs/12_cpu.ipynb #d4f58c76
 @simd
 def _i8_pack(e, x, at, cstep, live, scale, zero, top, count, out, to):
     "Quantize `count` runs of 16 pixels of four channels; the four bytes of a pixel become one 32-bit word."
@@ -748,7 +747,7 @@ def _i8_pack(e, x, at, cstep, live, scale, zero, top, count, out, to):
 def _dot(e, acc, x, w): return e.call('llvm.x86.avx512.vpdpbusd.512', acc.type, acc, x, w)
 def _words(e, v): return e.b.bitcast(v, ir.VectorType(_I32, v.type.count//4))
 
-# %% ../nbs/12_cpu.ipynb #1d9a11f3
+# %% ../nbs/12_cpu.ipynb #63984a5d
 @simd
 def _i8_decode9(e, books, codes, rowstep, quads, out, sums):
     "int8 weights of 16 outputs: [channel quad][tap][16 outputs x 4 channels], and the sum of each output's weights."
@@ -799,7 +798,7 @@ def _i8_decode8(e, books, codes, rowstep, groups, out, sums):
         return [total]
     e.store(e.loop(groups, [e.zero(_I32)], group)[0], sums, 0)
 
-# %% ../nbs/12_cpu.ipynb #3c979a85
+# %% ../nbs/12_cpu.ipynb #46c79d0f
 def _i8_dots(e, x, xo, pixel, quad, row, taps, w, wstep, quads, blocks):
     "8 pixels x `blocks` x 16 outputs: every weight vector meets 8 broadcast words."
     offs = [e.add(e.mul(row, t//3), t % 3) for t in range(9)] if taps == 9 else [_I64(0)]
@@ -821,7 +820,7 @@ def _i8_finish(e, acc, blocks, zeros, xscales, sums, scales, out):
             v = e.b.sub(acc[p*blocks + b], e.b.mul(z, e.load(sums, 16*b)))
             e.store(e.b.fmul(e.b.sitofp(v, s.type), e.b.fmul(s, e.load(scales, 16*b))), out, 48*p + 16*b)
 
-# %% ../nbs/12_cpu.ipynb #f4f39d42
+# %% ../nbs/12_cpu.ipynb #6723ddef
 @simd
 def _i8_rows(e, tile, blocks, base, y, at, step):
     "Write the tile [8 pixels][48 outputs] as rows of 8 pixels, `step` apart, on top of `base` (a bias per row)."
@@ -856,7 +855,7 @@ def _i8_tokens(e, tile, blocks, base, y, at, step, count):
         return []
     e.loop(count, [], token)
 
-# %% ../nbs/12_cpu.ipynb #77082aff
+# %% ../nbs/12_cpu.ipynb #7fba43ff
 def _i8_micro(taps, blocks):
     def micro(e, x, xo, pixel, quad, row, w, wstep, quads, zeros, xscales, sums, scales, out):
         _i8_finish(e, _i8_dots(e, x, xo, pixel, quad, row, taps, w, wstep, quads, blocks), blocks, zeros, xscales, sums, scales, out)
@@ -879,7 +878,7 @@ def _i8_line(nb, x, xo, pixel, quad, row, w, wstep, quads, zeros, xscales, sums,
     elif nb == 2: _line2(x, xo, pixel, quad, row, w, wstep, quads, zeros, xscales, sums, scales, out)
     else: _line1(x, xo, pixel, quad, row, w, wstep, quads, zeros, xscales, sums, scales, out)
 
-# %% ../nbs/12_cpu.ipynb #3d877324
+# %% ../nbs/12_cpu.ipynb #f92d3e8a
 @_jit
 def _i8_codes(low, high, bits, o0, O, J, M, j0, n, K, c):
     "Codes of 16 rows, groups j0..j0+n-1, rounded up to 4 groups with the codeword K, which is zero."
@@ -920,7 +919,7 @@ def _i8_conv_out(lo, hi, worker, low, high, bits, J, j0, n, books, scales, bias,
                     for r in range(live):
                         for p in range(min(8, W - x0)): y[i, o0 + r, yy, x0 + p] = tile[48*p + r] + (y[i, o0 + r, yy, x0 + p] if add else bias[o0 + r])
 
-# %% ../nbs/12_cpu.ipynb #600cf5ea
+# %% ../nbs/12_cpu.ipynb #544993e0
 @_jit
 def _i8_conv_in(lo, hi, worker, x, c0, c1, scales, zeros, top, lines, X, first, pitch, plane):
     "Channel quads lo..hi-1: quantize, surround with the zero point, four channels to a word."
@@ -945,7 +944,7 @@ def _i8_conv_in(lo, hi, worker, x, c0, c1, scales, zeros, top, lines, X, first, 
 
 def i8_table(p): return p.table('i8', lambda b: np.pad(b, ((0, 1), (0, 16 - p.d if p.d == 9 else 0))))
 
-# %% ../nbs/12_cpu.ipynb #20ce8ccb
+# %% ../nbs/12_cpu.ipynb #f86cde98
 def check_int8(
     p:Packed, x, y, sx, zx, top, split, # as the int8 kernels take them
 ):
@@ -972,7 +971,7 @@ def halves(
     for h, (a, b) in enumerate([(0, n)] if split is None else [(0, split), (split, n)]):
         yield a, b, *(np.ascontiguousarray(np.broadcast_to(v[:, h], (samples,)), k) for v, k in ((sx, np.float32), (zx, np.int32)))
 
-# %% ../nbs/12_cpu.ipynb #99a73320
+# %% ../nbs/12_cpu.ipynb #4a3e04db
 def conv3x3_i8(
     p:Packed,      # a 3x3 layer, d = 9, int8 codebooks
     x:np.ndarray,  # float32 [B, I, H, W], C-contiguous
@@ -1026,7 +1025,7 @@ def conv1x1_i8(
                     X, 1, 0, plane, n//4, np.repeat(z, 8), np.repeat(s, 8), c0 > 0, y.reshape(B, p.O, 1, P))
     return y
 
-# %% ../nbs/12_cpu.ipynb #54248fae
+# %% ../nbs/12_cpu.ipynb #a1b671fb
 @simd
 def _i8_row(e, x, at, scale, zero, top, count, out, to):
     "Quantize `count` runs of 16 consecutive features of one token."
@@ -1052,7 +1051,7 @@ def _i8_line_in(lo, hi, worker, x, c0, n, scales, zeros, top, per, lines, X):
             line[:n] = x[k, c0:c0 + n]
             _i8_row(line, 0, s, z, top, n//16 + 1, X, t*row)
 
-# %% ../nbs/12_cpu.ipynb #d87ffec8
+# %% ../nbs/12_cpu.ipynb #4a7e5269
 @_jit
 def _i8_line_out(lo, hi, worker, low, high, bits, J, j0, n, books, scales, bias, codes, Wb, sums, small, X, row, zeros, xscales, add, y):
     "48 outputs at a time over all tokens."
@@ -1107,7 +1106,7 @@ def linear_i8(
                     X, row, z[each], s[each], c0 > 0, y)
     return y
 
-# %% ../nbs/12_cpu.ipynb #14a46b85
+# %% ../nbs/12_cpu.ipynb #1dca1465
 def _f32_decode(rows):
     def decode8(e, books, codes, rowstep, groups, out):
         M = len(books)
@@ -1139,7 +1138,7 @@ def _pack12(e, x, offs, k16, out, at):
         return []
     e.loop(k16, [], run)
 
-# %% ../nbs/12_cpu.ipynb #ea4bd509
+# %% ../nbs/12_cpu.ipynb #a94d33d4
 @_jit
 def _line_in(lo, hi, worker, x, offs, A, astep):
     T, N, flat, o = x.shape[0], x.shape[1], x.reshape(-1), offs[worker]
@@ -1186,7 +1185,7 @@ def linear_gemm(
     run_threads(_line_out, -(-p.O//32), p.low, p.high, p.bits, p.J, books, p.scales, p.bias, codes, panels, A, astep, tiles, y)
     return y
 
-# %% ../nbs/12_cpu.ipynb #f7430c84
+# %% ../nbs/12_cpu.ipynb #a75d224f
 @simd
 def _copy16(e, a, at, b, to): e.store(e.load(a, at), b, to)
 
@@ -1242,7 +1241,7 @@ def conv1x1_gemm(
     run_threads(_pix_out, -(-p.O//12), p.low, p.high, p.bits, p.J, books, p.scales, p.bias, codes, U, V, quads, tiles, y.reshape(B, p.O, P))
     return y
 
-# %% ../nbs/12_cpu.ipynb #f05e9943
+# %% ../nbs/12_cpu.ipynb #0edf4374
 def _few(e, books, codes, rowstep, groups, xs, out, rows):
     M = len(books)
     def group(j, acc):
@@ -1293,7 +1292,7 @@ def linear_few(
     run_threads(_few_out, -(-p.O//4), p.low, p.high, p.bits, p.J, books, p.scales, p.bias, codes, xs, parts, y)
     return y
 
-# %% ../nbs/12_cpu.ipynb #b03400a5
+# %% ../nbs/12_cpu.ipynb #bcc515bf
 @_jit
 def _i8_dense(lo, hi, worker, low, high, bits, J, books, codes, out):
     "Rows lo..hi-1 of the integer weight."
@@ -1344,7 +1343,7 @@ def conv_i8_portable(
         y += part.astype(np.float32)*(s4*p.scales[:, None, None])
     return y
 
-# %% ../nbs/12_cpu.ipynb #0362b98c
+# %% ../nbs/12_cpu.ipynb #1a213619
 @_jit
 def _lut(lo, hi, worker, z, books, codes, scales, bias, lut, y):
     "Lanes lo..hi-1 of y [O, P]: for every group the responses of all codewords, then one addition per output."
@@ -1380,7 +1379,7 @@ def lut_product(
     run_threads(_lut, z.shape[2], z, p.books.astype(np.float32), codes.reshape(p.O, p.J, p.M), p.scales, p.bias, scratch('lut', (t, p.books.shape[1], 64)), y, unit=64)
     return y
 
-# %% ../nbs/12_cpu.ipynb #1d6cb930
+# %% ../nbs/12_cpu.ipynb #6701c0e2
 _known = weakref.WeakKeyDictionary()   # layer -> (signature, Packed); never copied, pickled or saved with the layer
 
 def _bytes(t): return None if t is None else t.detach().contiguous().numpy()
@@ -1400,7 +1399,7 @@ def packed_of(
     with _lock: _known[layer] = sign, p
     return p
 
-# %% ../nbs/12_cpu.ipynb #e323c10f
+# %% ../nbs/12_cpu.ipynb #3103677c
 def _asked(layer): return layer.kernel if layer.kernel != 'auto' else os.environ.get('AQUATIC_KERNEL', 'auto')
 
 def why_not_cpu(
@@ -1450,7 +1449,7 @@ def _fits(layer, kinds, size, int8=False):
     if layer.scheme.n_codebooks > size: return f'{layer.scheme.n_codebooks} codebooks, at most {size}'
     if int8 and layer.codebooks.dtype != torch.int8: return 'codebooks are not int8'
 
-# %% ../nbs/12_cpu.ipynb #753c2e1c
+# %% ../nbs/12_cpu.ipynb #5e739586
 def _guard(name, own):
     "The `supports` of a kernel: what it can do, and, when it was not asked for by name, whether it is the best choice."
     def supports(layer, x):
@@ -1502,7 +1501,7 @@ def _own_few(layer, x):
 
 def _needs_simd(): return None if use_simd() else 'no AVX-512 here'
 
-# %% ../nbs/12_cpu.ipynb #ac933f5e
+# %% ../nbs/12_cpu.ipynb #681be9b0
 def _own_int8(layer, x):
     if layer.act is None: return 'activations are not quantized'
     why = _fits(layer, ('conv3x3', 'conv1x1', 'linear'), 4, int8=True)
@@ -1532,7 +1531,7 @@ def _run_lut(layer, p, x):
     if isinstance(layer, AQLinear): return y.T.reshape(*x.shape[:-1], p.O)
     return y.reshape(p.O, len(x), *x.shape[2:]).transpose(0, 1).contiguous()
 
-# %% ../nbs/12_cpu.ipynb #a6fa62fe
+# %% ../nbs/12_cpu.ipynb #84fd4f68
 _tuned = {}
 def choice(
     layer,    # packed layer
@@ -1559,7 +1558,7 @@ _register('few', _own_few, lambda layer, p, x: _run_line(linear_few)(layer, p, x
 _register('int8', _own_int8, _run_int8, 50, takes_raw=True)
 _register('lut', _own_lut, _run_lut, 5)
 
-# %% ../nbs/12_cpu.ipynb #c07c9ed9
+# %% ../nbs/12_cpu.ipynb #3778a9aa
 def layer_flops(
     layer,      # packed layer
     positions:int, # output positions: samples x pixels, or tokens
@@ -1606,7 +1605,7 @@ def count_flops(
     with _watched(layers, see): _call(model, inputs)
     return pd.DataFrame.from_dict(rows, orient='index')
 
-# %% ../nbs/12_cpu.ipynb #c92f34d5
+# %% ../nbs/12_cpu.ipynb #d0f2ab2a
 def explain_kernels(
     model:nn.Module, # model with packed layers
     inputs,          # what to call it with
@@ -1619,7 +1618,7 @@ def explain_kernels(
     with _watched(packed_layers(model), see): _call(model, inputs)
     return pd.DataFrame.from_dict(rows, orient='index')
 
-# %% ../nbs/12_cpu.ipynb #7ece0925
+# %% ../nbs/12_cpu.ipynb #f91add0f
 def tune_path()->Path:
     "Where measured choices are kept: one file a processor."
     name = ''.join(c if c.isalnum() else '-' for c in llvm.get_host_cpu_name())
@@ -1666,7 +1665,7 @@ def use_tuned(
 
 if os.environ.get('AQUATIC_TUNED', '0') == '1' and tune_path().exists(): use_tuned()
 
-# %% ../nbs/12_cpu.ipynb #e79416bf
+# %% ../nbs/12_cpu.ipynb #c3f9a04c
 _dense_cache = weakref.WeakKeyDictionary()   # layer -> (signature, tensor)
 
 def _stamp(layer): return tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in (layer.codes, layer.codes_hi, layer.codebooks) if t is not None)
