@@ -115,12 +115,14 @@ def check(c):
 
 LOOSE = dict(deadline=None, suppress_health_check=list(HealthCheck))
 
-@settings(max_examples=120, derandomize=True, **LOOSE)
+@pytest.mark.timeout(1200)
+@settings(max_examples=40, derandomize=True, **LOOSE)
 @given(cases())
 def test_shapes(c): check(c)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(14400)
 @settings(max_examples=10000, **LOOSE)
 @given(cases())
 def test_many_shapes(c): check(c)
