@@ -10,7 +10,7 @@ __all__ = ['OUTPUT_TYPES', 'MINI_CLASSES', 'RES_NAMES', 'INERT_NAMES', 'SCHEDULE
            'unet_names', 'vq_names', 'ldm_key_map', 'Inert', 'sha256_of', 'read_checkpoint', 'take_ema', 'check_keys',
            'check_schedule', 'fill_parts', 'load_ldm4', 'convert_ldm4']
 
-# %% ../nbs/03_zoo.ipynb #7045509d
+# %% ../nbs/03_zoo.ipynb #f41c4738
 import aquatic_nb.core # noqa: F401  before diffusers, which wants torchvision's operators
 import inspect
 import math
@@ -38,7 +38,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-# %% ../nbs/03_zoo.ipynb #decf1e73
+# %% ../nbs/03_zoo.ipynb #9d35f29c
 class ClassEmbedding(ModelMixin, ConfigMixin):
     "A class label as one conditioning token; row `n_classes` is the null class."
     @register_to_config
@@ -57,7 +57,7 @@ class ClassEmbedding(ModelMixin, ConfigMixin):
     ) -> Tensor: # [B, 1, dim] one token each
         return self.embedding(labels)[:, None]
 
-# %% ../nbs/03_zoo.ipynb #cbc9ba47
+# %% ../nbs/03_zoo.ipynb #edd6aa33
 def guided_noise(
     unet, # a UNet2DConditionModel, packed or not
     latents:Tensor, # [B,C,H,W] noisy latents
@@ -72,7 +72,7 @@ def guided_noise(
     eps_null, eps_cond = both.chunk(2)
     return eps_null + guidance_scale*(eps_cond - eps_null)
 
-# %% ../nbs/03_zoo.ipynb #fe5b8e84
+# %% ../nbs/03_zoo.ipynb #1bbf9067
 def encode_latents(
     vae, # AutoencoderKL (its mean is taken) or VQModel
     images:Tensor, # [B,C,H,W] float in [-1,1]
@@ -97,7 +97,7 @@ def decode_latents(
 
 def _per_channel(values, like:Tensor) -> Tensor: return torch.as_tensor(values, dtype=like.dtype, device=like.device).view(1, -1, 1, 1)
 
-# %% ../nbs/03_zoo.ipynb #d3cc7c1b
+# %% ../nbs/03_zoo.ipynb #6bda0441
 def check_labels(
     class_labels, # int, sequence of int, or Tensor
     n_classes:int, # labels are 0..n_classes-1
@@ -113,7 +113,7 @@ def check_labels(
                                   + "; for samples without a class use guidance_scale=0")
     return labels
 
-# %% ../nbs/03_zoo.ipynb #017185e5
+# %% ../nbs/03_zoo.ipynb #3683ae35
 OUTPUT_TYPES = ('pil', 'np', 'pt', 'latent')
 
 def check_call(
@@ -131,7 +131,7 @@ def check_call(
     if not 0 <= eta <= 1: raise ValueError(f"eta: expected 0..1, got {eta}")
     if output_type not in OUTPUT_TYPES: raise ValueError(f"output_type: {output_type!r} is unknown, expected one of {OUTPUT_TYPES}")
 
-# %% ../nbs/03_zoo.ipynb #239647b2
+# %% ../nbs/03_zoo.ipynb #e9f5bd8d
 def start_latents(
     unet, # gives channels, size and dtype
     n:int, # how many
@@ -149,7 +149,7 @@ def start_latents(
     if tuple(latents.shape) != shape: raise ValueError(f"latents: shape {tuple(latents.shape)}, expected {shape} (labels, channels, height, width)")
     return latents.to(device=device, dtype=unet.dtype)
 
-# %% ../nbs/03_zoo.ipynb #e2652554
+# %% ../nbs/03_zoo.ipynb #704fc0b2
 def denoise(
     pipe, # a ClassConditionalLDMPipeline
     latents:Tensor, # [B,C,S,S] unit noise
@@ -171,7 +171,7 @@ def denoise(
         if callback is not None: latents = (callback(pipe, i, t, dict(latents=latents)) or {}).get('latents', latents)
     return latents
 
-# %% ../nbs/03_zoo.ipynb #2b8fb2c4
+# %% ../nbs/03_zoo.ipynb #f5bf172f
 class ClassConditionalLDMPipeline(DiffusionPipeline):
     "Latent diffusion conditioned on a class label, with classifier-free guidance: LDM-4 and models of its anatomy."
     model_cpu_offload_seq = 'class_embedding->unet->vae'
@@ -216,13 +216,13 @@ class ClassConditionalLDMPipeline(DiffusionPipeline):
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-# %% ../nbs/03_zoo.ipynb #e95e566a
+# %% ../nbs/03_zoo.ipynb #b996c4e1
 def ldm_scheduler() -> DDIMScheduler:
     "The noise schedule of LDM-4: scaled linear .0015-.0195, 1,000 training times, DDIM's times start at 1."
     return DDIMScheduler(beta_schedule='scaled_linear', beta_start=.0015, beta_end=.0195, clip_sample=False,
                          set_alpha_to_one=False, steps_offset=1, timestep_spacing='leading')
 
-# %% ../nbs/03_zoo.ipynb #2afa7843
+# %% ../nbs/03_zoo.ipynb #ef18dc28
 MINI_CLASSES = ('T-shirt/top', 'Trouser', 'Pullover', 'Dress', 'Coat', 'Sandal', 'Shirt', 'Sneaker', 'Bag', 'Ankle boot')
 
 def mini_path(
@@ -240,7 +240,7 @@ def load_mini_ldm(
     mini_path('unet', 'diffusion_pytorch_model.safetensors')
     return ClassConditionalLDMPipeline.from_pretrained(mini_path(), torch_dtype=dtype, local_files_only=True)
 
-# %% ../nbs/03_zoo.ipynb #04390854
+# %% ../nbs/03_zoo.ipynb #2f1eaefd
 class ResBlock(nn.Module):
     "Two 3x3 convolutions with batch norm and a skip."
     def __init__(self, n_in:int, n_out:int, stride:int):
@@ -264,7 +264,7 @@ class MiniClassifier(nn.Module):
     def features(self, x:Tensor) -> Tensor: return self.b3(self.maps(x)).mean((2, 3)) # [B,4w], what they are
     def forward(self, x:Tensor) -> Tensor: return self.fc(self.drop(self.features(x))) # [B,10] logits
 
-# %% ../nbs/03_zoo.ipynb #eb8ae9eb
+# %% ../nbs/03_zoo.ipynb #f2295510
 def load_mini_classifier() -> MiniClassifier: # in eval mode, float32
     "The classifier that ships with the package; input [B,1,32,32] in [-1,1]."
     state = load_file(mini_path('classifier.safetensors'))
@@ -277,7 +277,7 @@ def mini_reference() -> tuple[Tensor, Tensor]: # images [10000,1,32,32] uint8 an
     with np.load(mini_path('test_images.npz'), allow_pickle=False) as f: images, labels = f['images'], f['labels']
     return F.pad(torch.from_numpy(images), (2, 2, 2, 2))[:, None], torch.from_numpy(labels).long()
 
-# %% ../nbs/03_zoo.ipynb #15d0b569
+# %% ../nbs/03_zoo.ipynb #4ca99d4b
 @dataclass(frozen=True)
 class LDMConfig:
     "A class-conditional latent diffusion model in the original's terms; the defaults are LDM-4 ImageNet, `cin256-v2`."
@@ -309,7 +309,7 @@ class LDMConfig:
         if (self.num_heads == -1) == (self.num_head_channels == -1):
             raise ValueError(f"LDMConfig: num_heads {self.num_heads} and num_head_channels {self.num_head_channels}, give exactly one of them")
 
-# %% ../nbs/03_zoo.ipynb #e986ac0f
+# %% ../nbs/03_zoo.ipynb #ec141d8d
 def _plain(section:dict, expected:dict, where:str) -> None:
     "ValueError where the original's config asks for something that this loader does not build."
     for name, value in expected.items():
@@ -342,7 +342,7 @@ def ldm_config_from_original(
     except (KeyError, TypeError, AttributeError) as e:
         raise ValueError(f"config: not the YAML of a class-conditional latent diffusion model ({type(e).__name__}: {e})") from e
 
-# %% ../nbs/03_zoo.ipynb #29a161e6
+# %% ../nbs/03_zoo.ipynb #fc2805bd
 def ldm_config(
     config=None, # None for LDM-4, an LDMConfig, a dictionary of its fields, or the original's YAML (path or dictionary)
 ) -> LDMConfig:
@@ -358,7 +358,7 @@ def ldm_config(
     if extra := sorted(set(config) - known): raise ValueError(f"config: unknown field {extra[0]!r}, expected some of {sorted(known)}")
     return LDMConfig(**config)
 
-# %% ../nbs/03_zoo.ipynb #b5711aca
+# %% ../nbs/03_zoo.ipynb #f429341b
 def ldm_parts(
     cfg:LDMConfig, # the architecture
 ) -> dict: # name -> module, without weights (on the meta device)
@@ -380,7 +380,7 @@ def ldm_parts(
             sample_size=cfg.image_size*2**(vq_levels - 1))
         return dict(unet=unet, vae=vae, class_embedding=ClassEmbedding(cfg.n_classes - 1, cfg.context_dim))
 
-# %% ../nbs/03_zoo.ipynb #9d8727ea
+# %% ../nbs/03_zoo.ipynb #599a83a6
 RES_NAMES = {'norm1': 'in_layers.0', 'conv1': 'in_layers.2', 'time_emb_proj': 'emb_layers.1', 'norm2': 'out_layers.0',
              'conv2': 'out_layers.3', 'conv_shortcut': 'skip_connection'}
 
@@ -408,7 +408,7 @@ def unet_names(
         if level > 0: names[f'{up}.upsamplers.0.conv'] = f'{block}.{1 + attn}.conv'
     return names
 
-# %% ../nbs/03_zoo.ipynb #1074d2ce
+# %% ../nbs/03_zoo.ipynb #f62107d9
 def vq_names(
     cfg:LDMConfig, # the architecture
 ) -> dict: # diffusers module -> original module
@@ -429,7 +429,7 @@ def vq_names(
         if level > 0: names[f'{up}.upsamplers.0.conv'] = f'decoder.up.{level}.upsample.conv'
     return names
 
-# %% ../nbs/03_zoo.ipynb #45e414da
+# %% ../nbs/03_zoo.ipynb #e9186206
 def _original(key:str, names:dict) -> str:
     "The original's name of the diffusers parameter `key`."
     parts = key.split('.')
@@ -453,7 +453,7 @@ def ldm_key_map(
             found[prefix[part] + _original(key, names[part])] = part, key, shape
     return found
 
-# %% ../nbs/03_zoo.ipynb #eb651740
+# %% ../nbs/03_zoo.ipynb #e6690ba9
 class Inert:
     "Stands in for a name that a checkpoint mentions and nobody needs: takes anything, does nothing."
     def __init__(self, *args, **kwargs): pass
@@ -473,7 +473,7 @@ def sha256_of(
         while block := f.read(1 << 22): digest.update(block)
     return digest.hexdigest()
 
-# %% ../nbs/03_zoo.ipynb #fe1ba29b
+# %% ../nbs/03_zoo.ipynb #e3733cab
 def read_checkpoint(
     path, # a file written by torch.save, with or without a 'state_dict' entry
 ) -> dict: # name -> Tensor, on the CPU
@@ -496,7 +496,7 @@ def read_checkpoint(
         raise ValueError(f"checkpoint: {path} holds {type(found).__name__}, expected a dictionary of named tensors")
     return {k: v for k, v in state.items() if isinstance(v, Tensor)}
 
-# %% ../nbs/03_zoo.ipynb #02f12870
+# %% ../nbs/03_zoo.ipynb #9feff92e
 SCHEDULE_KEYS = ('betas', 'alphas_cumprod', 'alphas_cumprod_prev', 'sqrt_alphas_cumprod', 'sqrt_one_minus_alphas_cumprod',
     'log_one_minus_alphas_cumprod', 'sqrt_recip_alphas_cumprod', 'sqrt_recipm1_alphas_cumprod', 'posterior_variance',
     'posterior_log_variance_clipped', 'posterior_mean_coef1', 'posterior_mean_coef2', 'lvlb_weights', 'logvar', 'scale_factor')
@@ -516,7 +516,7 @@ def take_ema(
         raise ValueError(f"checkpoint: the running average lacks {len(missing)} tensors, first {missing[0]}; use use_ema=False")
     return rest | {k: ema[s] for k, s in short.items()}
 
-# %% ../nbs/03_zoo.ipynb #519fb3d1
+# %% ../nbs/03_zoo.ipynb #ba807c0e
 def check_keys(
     state:dict, # checkpoint tensors by name
     wanted:dict, # the key map
@@ -543,7 +543,7 @@ def check_schedule(
             raise ValueError(f"checkpoint: {name} differs from the described schedule ({cfg.linear_start}..{cfg.linear_end}, {cfg.timesteps} times, "
                              f"scale factor {cfg.scale_factor}); pass the `config` of this model")
 
-# %% ../nbs/03_zoo.ipynb #91997d17
+# %% ../nbs/03_zoo.ipynb #dc0ab1cc
 def fill_parts(
     parts:dict, # empty modules, from `ldm_parts`
     state:dict, # checkpoint tensors by name
@@ -559,7 +559,7 @@ def fill_parts(
     for part, module in parts.items(): module.load_state_dict(filled[part], strict=True, assign=True)
     return {part: module.eval() for part, module in parts.items()}
 
-# %% ../nbs/03_zoo.ipynb #351e81c0
+# %% ../nbs/03_zoo.ipynb #a182ee98
 def load_ldm4(
     ckpt, # the original checkpoint file, or a folder written by `convert_ldm4` or `save_pretrained`
     config=None, # None for LDM-4, or what `ldm_config` takes
@@ -586,7 +586,7 @@ def load_ldm4(
     if verbose: print(f'{source}: sha256 {pipe.source_sha256}')
     return pipe
 
-# %% ../nbs/03_zoo.ipynb #3b5dba45
+# %% ../nbs/03_zoo.ipynb #2f708710
 def convert_ldm4(
     ckpt, # the original checkpoint file
     dst, # a new folder
