@@ -9,7 +9,7 @@ __all__ = ['ROLES', 'TunedLayer', 'as_groups', 'gather_sums', 'scatter_sums', 'o
            'lr_factor', 'blame', 'check_pair', 'Ema', 'write_log', 'UniformTuned', 'straight_through', 'Tuner',
            'close_peer', 'distill']
 
-# %% ../nbs/10_semi_pv.ipynb #983d1224
+# %% ../nbs/10_semi_pv.ipynb #eb6714a4
 import math
 import time
 from dataclasses import asdict, dataclass
@@ -28,7 +28,7 @@ from .core import generator, progress, write_atomic
 from .kaq import from_groups, packable, to_groups
 from .layers import packed_layers, swap
 
-# %% ../nbs/10_semi_pv.ipynb #d5d1c4b1
+# %% ../nbs/10_semi_pv.ipynb #7e324c70
 class TunedLayer(nn.Module):
     "A packed layer opened for training: a dense weight to compute with, float codebooks and scales to learn."
     def __init__(self,
@@ -53,7 +53,7 @@ class TunedLayer(nn.Module):
 
     def extra_repr(self): return f'{self.shape}, {self.scheme}, training'
 
-# %% ../nbs/10_semi_pv.ipynb #a2b830e7
+# %% ../nbs/10_semi_pv.ipynb #9de357ef
 def as_groups(
     weight:Tensor,  # dense weight [O, ...]
     group_size:int, # d
@@ -107,7 +107,7 @@ def scatter_sums(
     X = (grads*scales[:, None, None]).flatten(0, 1)
     return torch.stack([X.new_zeros(n_codewords, X.shape[1]).index_add_(0, c.flatten().long(), X) for c in codes.unbind(-1)])
 
-# %% ../nbs/10_semi_pv.ipynb #44de136d
+# %% ../nbs/10_semi_pv.ipynb #2e366fc0
 def _books(self)->Tensor:
     "Codebooks as they will be stored, [M, K, d] float32."
     return self.codebooks.detach().round() if self.scheme.codebook_dtype == 'int8' else self.codebooks.detach().half().float()
@@ -147,7 +147,7 @@ def _to_aq(self)->AQTensor:
 TunedLayer.books, TunedLayer.row_scales, TunedLayer.decode = _books, _row_scales, _decode
 TunedLayer.pull_grads, TunedLayer.keep_promise, TunedLayer.to_aq = _pull_grads, _keep_promise, _to_aq
 
-# %% ../nbs/10_semi_pv.ipynb #77ba9984
+# %% ../nbs/10_semi_pv.ipynb #738012d3
 def open_layers(
     model:nn.Module, # a model with packed layers; changed in place
 )->dict:             # name -> TunedLayer
@@ -177,13 +177,13 @@ def close_layers(
         swap(model, n, packed)
     return model
 
-# %% ../nbs/10_semi_pv.ipynb #32b6775a
+# %% ../nbs/10_semi_pv.ipynb #67079f68
 ROLES = ('codebooks', 'scales', 'dense', 'act', 'codes')
 
 def param_groups(
     model:nn.Module,      # a model with opened layers
-    lr:float=2e-2,        # of codebooks, in units of the parameter
-    code_lr:float=5e-2,   # of the straight-through buffer; 0 freezes the codes
+    lr:float=6e-3,        # of codebooks, in units of the parameter
+    code_lr:float=2e-2,   # of the straight-through buffer; 0 freezes the codes
     betas=(.9, .95),      # Adam's, for continuous parameters
     code_betas=(0., .95), # Adam's, for the straight-through buffer
     lrs:dict=None,        # role -> learning rate, to override single roles
@@ -201,11 +201,11 @@ def param_groups(
         if owner in layers and not n.endswith('.packed.bias'): continue
         if n.endswith('.group_scale'): found['scales'][n] = p
         elif id(p) not in taken and p.is_floating_point() and not (owner == '' and '.packed.' in n): found['dense'][n] = p
-    rates = dict(codebooks=lr, scales=lr, dense=lr, act=lr, codes=code_lr) | (lrs or {})
+    rates = dict(codebooks=lr, scales=lr, dense=lr, act=lr/4, codes=code_lr) | (lrs or {})
     return [dict(role=r, params=list(ps.values()), names=list(ps), lr=rates[r], base_lr=rates[r], betas=tuple(code_betas if r == 'codes' else betas))
             for r, ps in found.items() if ps]
 
-# %% ../nbs/10_semi_pv.ipynb #73ec507c
+# %% ../nbs/10_semi_pv.ipynb #59c6821c
 def nearest_codes(
     target:Tensor,    # [n, d] what the sums should come near to
     codebooks:Tensor, # [M, K, d] float32
@@ -220,7 +220,7 @@ def nearest_codes(
     eye = torch.eye(target.shape[1], device=target.device)
     return search_codes(target.float().contiguous(), codebooks, eye, codes.to(torch.int32).contiguous(), beam)
 
-# %% ../nbs/10_semi_pv.ipynb #749aa127
+# %% ../nbs/10_semi_pv.ipynb #809b28f7
 class SeMIPV(torch.optim.Optimizer):
     "PV-Tuning with selective momentum invalidation."
     def __init__(self,
@@ -256,7 +256,7 @@ class SeMIPV(torch.optim.Optimizer):
             for k in ('m', 'v', 'delta'):
                 if k in st: st[k] = st[k].to(self.state_dtype or p.dtype)
 
-# %% ../nbs/10_semi_pv.ipynb #7002d657
+# %% ../nbs/10_semi_pv.ipynb #42ef9cf6
 def _state_of(self, p, role):
     "The state of a parameter, made when first asked for."
     if (st := self.state[p]): return st
@@ -273,7 +273,7 @@ def _beta1(self, p, role): return next(g['betas'][0] for g in self.param_groups 
 
 SeMIPV.state_of, SeMIPV.beta1 = _state_of, _beta1
 
-# %% ../nbs/10_semi_pv.ipynb #dd979eb2
+# %% ../nbs/10_semi_pv.ipynb #d8783cf0
 def _adam(self, g, st, betas, eps=1e-12)->Tensor:
     "Feed a gradient to the moments; returns the normalised direction."
     b1, b2 = betas
@@ -312,7 +312,7 @@ def _step(self, closure=None):
 
 SeMIPV.adam, SeMIPV.step = _adam, _step
 
-# %% ../nbs/10_semi_pv.ipynb #60f72185
+# %% ../nbs/10_semi_pv.ipynb #e137c0c6
 def _step_codes(self):
     "Decode every layer; move the straight-through buffers; let codes jump when it is time."
     group = next((g for g in self.param_groups if g['role'] == 'codes'), None)
@@ -334,7 +334,7 @@ def _step_codes(self):
     self.stats['changed'] = changed/max(total, 1)
     if jump and changed and self.selector == 'B': self.invalidate('B')
 
-# %% ../nbs/10_semi_pv.ipynb #0c011a16
+# %% ../nbs/10_semi_pv.ipynb #67d12778
 def _jump(self, layer, delta)->tuple:
     "Re-encode the groups that are furthest from their buffer; returns (groups changed, mask [O, J], fraction of members moved [M, K])."
     C, (O, J, M), scheme = layer.books(), layer.codes.shape, layer.scheme
@@ -359,7 +359,7 @@ def _jump(self, layer, delta)->tuple:
 
 SeMIPV.step_codes, SeMIPV.jump = _step_codes, _jump
 
-# %% ../nbs/10_semi_pv.ipynb #b2803084
+# %% ../nbs/10_semi_pv.ipynb #0c424432
 def _forget(st, mask, moments):
     "Zero the chosen moments where the mask (of block shape, or True) says so."
     for k in moments:
@@ -388,7 +388,7 @@ def _mask(self, selector, p, st, role):
     if layer is None or not hasattr(layer, 'changed'): return None
     return layer.changed[..., None] if role == 'codes' else (layer.moved > self.membership)[..., None]
 
-# %% ../nbs/10_semi_pv.ipynb #175902b1
+# %% ../nbs/10_semi_pv.ipynb #b6882f34
 @torch.no_grad()
 def _invalidate(self,
     selector:str,    # 'A', 'B' or 'C'
@@ -414,7 +414,7 @@ def _invalidate(self,
 
 SeMIPV.mask, SeMIPV.invalidate = _mask, _invalidate
 
-# %% ../nbs/10_semi_pv.ipynb #9eb3955a
+# %% ../nbs/10_semi_pv.ipynb #7c8be67c
 def class_conditions(
     pipe, # a class-conditional pipeline
 ):        # function (n, generator) -> (cond, null): dicts of model arguments, [n, ...]
@@ -446,7 +446,7 @@ def predict(
     both = {k: torch.cat([v, null[k]]) for k, v in cond.items()}
     return model(torch.cat([x, x]), torch.cat([t, t]), **both, return_dict=False)[0].chunk(2)
 
-# %% ../nbs/10_semi_pv.ipynb #2ec89202
+# %% ../nbs/10_semi_pv.ipynb #08aa16a9
 @torch.no_grad()
 def teacher_walk(
     model:nn.Module, # full precision
@@ -477,7 +477,7 @@ def teacher_walk(
     stack = {k: None if v[0] is None else torch.stack(v) for k, v in kept.items()}
     return stack | dict(t=ts, cond=cond, null=null)
 
-# %% ../nbs/10_semi_pv.ipynb #191061df
+# %% ../nbs/10_semi_pv.ipynb #f46912c8
 class Teacher:
     "A pool of the full-precision model's trajectories."
     def __init__(self,
@@ -521,7 +521,7 @@ class Teacher:
         else: self.kept[i] = self.from_disk(i)
         return self.kept[i]
 
-# %% ../nbs/10_semi_pv.ipynb #59de6914
+# %% ../nbs/10_semi_pv.ipynb #86a1af28
 def _from_disk(self, i):
     "Read a walk (memory-mapped), or make and write it; a file of another teacher or setting is refused."
     path = self.folder/f'walk_{i:04}.pt'
@@ -535,7 +535,7 @@ def _from_disk(self, i):
 
 Teacher.from_disk = _from_disk
 
-# %% ../nbs/10_semi_pv.ipynb #189f8740
+# %% ../nbs/10_semi_pv.ipynb #81d7382c
 def _take(w, j, s):
     "Entries (steps j, samples s) of a walk."
     part = lambda d: None if d is None else {k: v[s] for k, v in d.items()}
@@ -573,7 +573,7 @@ def iid_batch(
     parts = [_take(teacher.walk(int(i)), pick(teacher.steps, batch//walks), pick(teacher.batch, batch//walks)) for i in pick(teacher.n_walks, walks)]
     return _join(parts) | dict(restart=step % teacher.steps == 0)
 
-# %% ../nbs/10_semi_pv.ipynb #a7ba5d73
+# %% ../nbs/10_semi_pv.ipynb #25a53f01
 def distillation_loss(
     student:nn.Module, # the model in training
     b:dict,            # a batch
@@ -609,7 +609,7 @@ def held_out_loss(
     student.train(mode)
     return total/k
 
-# %% ../nbs/10_semi_pv.ipynb #3a3deabb
+# %% ../nbs/10_semi_pv.ipynb #23b56efc
 @dataclass
 class TuneConfig:
     "How to tune. A run is described by this and its seed."
@@ -617,8 +617,8 @@ class TuneConfig:
     minutes:float=None    # time to use
     batch:int=16          # samples of a step (each is run with its class and without)
     mode:str='iid'        # 'walk' or 'iid'
-    lr:float=2e-2         # see `param_groups`
-    code_lr:float=5e-2    # 0: frozen codes
+    lr:float=6e-3         # see `param_groups`
+    code_lr:float=2e-2    # 0: frozen codes
     lrs:dict=None         # learning rates of single roles
     betas:tuple=(.9, .95)
     code_betas:tuple=(0., .95)
@@ -647,7 +647,7 @@ def lr_factor(
     "Rising, then half a cosine."
     return min(1., (step + 1)/warmup)*.5*(1 + math.cos(math.pi*min(1., step/max(steps, 1))))
 
-# %% ../nbs/10_semi_pv.ipynb #f0540b7b
+# %% ../nbs/10_semi_pv.ipynb #ecafec59
 def blame(
     student:nn.Module, # the model in training
     batch:dict,        # from `walk_batch` or `iid_batch`
@@ -677,7 +677,7 @@ def check_pair(
     except (RuntimeError, TypeError, ValueError) as e: raise ValueError(f'distill: the student cannot be called as the teacher is: {e}') from e
     if out.shape != b['cond_out'].shape: raise ValueError(f"distill: the student answers {tuple(out.shape)}, the teacher {tuple(b['cond_out'].shape)}; are these the same architecture?")
 
-# %% ../nbs/10_semi_pv.ipynb #34340329
+# %% ../nbs/10_semi_pv.ipynb #0ca50a7d
 class Ema:
     "Exponential averages of parameters."
     def __init__(self, params, decay): self.decay, self.params, self.mean = decay, params, [p.detach().clone() for p in params]
@@ -700,7 +700,7 @@ def write_log(
 
 def _cell(v): return f'{v:.6g}' if isinstance(v, float) else str(v)
 
-# %% ../nbs/10_semi_pv.ipynb #4e9a4b28
+# %% ../nbs/10_semi_pv.ipynb #cdefa4cc
 def _through(x): return x + (x.round() - x).detach()
 
 class UniformTuned(nn.Module):
@@ -733,7 +733,7 @@ def straight_through(
     for n, m in packable(model).items(): swap(model, n, UniformTuned(m, bits, group))
     return model
 
-# %% ../nbs/10_semi_pv.ipynb #33843816
+# %% ../nbs/10_semi_pv.ipynb #0c29358d
 class Tuner:
     "The state of a tuning run, which a checkpoint holds whole."
     def __init__(self, student, teacher, config, held=None):
@@ -751,6 +751,7 @@ class Tuner:
         self.averaged = [p for g in groups if g['role'] != 'codes' for p in g['params']]
         self.ema = Ema(self.averaged, c.ema) if c.ema else None
         self.step, self.total, self.spent, self.log = 0, c.steps, 0., []
+        self.first, self.start = {k: v.detach().clone() for k, v in student.state_dict().items()}, self.measure()
 
     def state_dict(self):
         return dict(student=self.student.state_dict(), optimizer=self.optimizer.state_dict(), ema=self.ema and self.ema.mean,
@@ -762,7 +763,7 @@ class Tuner:
         if self.ema: self.ema.mean = state['ema']
         self.step, self.total, self.spent, self.log = state['step'], state['total'], state['spent'], state['log']
 
-# %% ../nbs/10_semi_pv.ipynb #d58bdac5
+# %% ../nbs/10_semi_pv.ipynb #65b017a5
 @torch.no_grad()
 def close_peer(
     model:nn.Module, # changed in place
@@ -796,16 +797,19 @@ def _train_step(self)->dict:
 Tuner.weights = Tuner.watch = None
 Tuner.train_step = _train_step
 
-# %% ../nbs/10_semi_pv.ipynb #187c821e
+# %% ../nbs/10_semi_pv.ipynb #d8ed56da
 def _finish(self)->dict:
-    "Close the layers with the last or the averaged parameters, whichever does better on held-out noise."
+    "Close the layers with the last, the averaged or the first parameters, whichever do best on held-out noise."
     now = self.measure()
-    found = dict(held=now, averaged=float('nan'), kept='last')
+    found = dict(start=self.start, held=now, averaged=float('nan'), kept='last')
     if self.ema and self.step:
         self.swap_average()
         found['averaged'] = self.measure()
         if self.held is not None and found['averaged'] > now: self.swap_average()
         else: found['kept'] = 'averaged'
+    if self.held is not None and not min(found['held'], found['averaged'] if self.ema else math.inf) < self.start:
+        self.student.load_state_dict(self.first)
+        found['kept'] = 'start'
     close_layers(self.student)
     close_peer(self.student)
     self.student.requires_grad_(False)
@@ -819,7 +823,7 @@ def _measure(self): return float('nan') if self.held is None else held_out_loss(
 
 Tuner.finish, Tuner.swap_average, Tuner.measure = _finish, _swap_average, _measure
 
-# %% ../nbs/10_semi_pv.ipynb #55e73ca3
+# %% ../nbs/10_semi_pv.ipynb #eb398707
 def distill(
     student:nn.Module,   # model with packed layers; changed in place
     teacher:Teacher,     # trajectories of the full-precision model
@@ -834,6 +838,7 @@ def distill(
     "Tune a quantized model on its teacher's own trajectories."
     run = Tuner(student, teacher, config, held)
     run.weights, run.watch = weights, None if watch is None else lambda: watch(run)
+    if weights is not None: run.start = run.measure()
     if checkpoint is not None and Path(checkpoint).exists(): run.load_state_dict(torch.load(checkpoint, weights_only=True))
     save = lambda: write_atomic(checkpoint, lambda p: torch.save(run.state_dict(), p))
     student.train()
