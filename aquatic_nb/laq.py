@@ -9,7 +9,7 @@ __all__ = ['KINDS', 'VERSION', 'COLUMNS', 'parse_option', 'option_bytes', 'effec
            'price', 'allocate', 'dead_layers', 'SingleToken', 'fold_single_token', 'quick_encode', 'additivity',
            'remeasure', 'by_step', 'plot_heatmap', 'short_name', 'plot_kinds', 'plot_allocation']
 
-# %% ../nbs/08_laq.ipynb #6c894827
+# %% ../nbs/08_laq.ipynb #b5a2376b
 import copy
 import fnmatch
 import hashlib
@@ -31,7 +31,7 @@ from .calib import ddim_step, execution_order, in_order, input_moments, single_t
 from .core import generator, progress, write_atomic
 from .kaq import catalogue, natural_group_size, packable
 
-# %% ../nbs/08_laq.ipynb #e7958a33
+# %% ../nbs/08_laq.ipynb #159c4b96
 def parse_option(
     text:str|Scheme, # 'dense', 'uniform4', '2x8b/9', '3x6b/8-fp16', or a Scheme (returned as it is)
 )->Scheme|str:       # a Scheme, or 'dense'
@@ -70,7 +70,7 @@ def menu(
     options = [front[i] for i in at] + [Scheme(1, b, 1, kind='uniform') for b in (4, 5, 6, 8)] + ['dense']
     return sorted(options, key=lambda o: option_bytes(o, shape, dense_bits or 8*module.weight.element_size()))
 
-# %% ../nbs/08_laq.ipynb #3fa6d2a5
+# %% ../nbs/08_laq.ipynb #9e1742e7
 KINDS = (('time embedding', r'time_embedding|time_proj|add_embedding|class_embedding'), ('time projection', r'time_emb_proj'), ('conv in/out', r'^conv_(in|out)$'),
          ('skip conv', r'conv_shortcut'), ('resampler', r'samplers'), ('residual conv', r'conv[12]$'), ('self q/k', r'attn1\.to_[qk]$'), ('self v', r'attn1\.to_v$'),
          ('self out', r'attn1\.to_out'), ('cross q/k', r'attn2\.to_[qk]$'), ('cross v', r'attn2\.to_v$'), ('cross out', r'attn2\.to_out'),
@@ -82,7 +82,7 @@ def layer_kind(
     "What a layer does in a diffusers U-Net, told from its name."
     return next((kind for kind, pattern in KINDS if re.search(pattern, name)), 'other')
 
-# %% ../nbs/08_laq.ipynb #eebe6cb7
+# %% ../nbs/08_laq.ipynb #48e32db0
 def take(
     inputs:dict,  # forward inputs of a batch
     index:Tensor, # samples to keep
@@ -127,7 +127,7 @@ def epsilon(
     cond, null = out.chunk(2)
     return null + guidance_scale*(cond - null)
 
-# %% ../nbs/08_laq.ipynb #221e367c
+# %% ../nbs/08_laq.ipynb #baca63cc
 def merge_points(
     points:list, # small dicts of forward inputs
     rows:int=128,# rows in one forward pass, at most (one point alone may be larger)
@@ -163,7 +163,7 @@ def weights_changed(
     finally:
         for n, w in kept.items(): unet.get_submodule(n).weight.data = w
 
-# %% ../nbs/08_laq.ipynb #14038a44
+# %% ../nbs/08_laq.ipynb #def54094
 def walk_end(
     model:nn.Module,  # the denoiser, changed or not
     points:list,      # forward inputs of the full-precision walk, one dict for each step
@@ -197,7 +197,7 @@ def walk_scale(
         if (end - x[:len(end)]).pow(2).mean() <= 1e-6*x.pow(2).mean(): return scale
     return None
 
-# %% ../nbs/08_laq.ipynb #9c5bf55d
+# %% ../nbs/08_laq.ipynb #a968f74b
 class Probe:
     "Held-out trajectories with the full-precision answers: measures what a change of weights does."
     def __init__(self,
@@ -239,7 +239,7 @@ class Probe:
         "Damage of a change: at the end of the walk where the scheduler is known, else of epsilon."
         return float(np.mean(self.by_step(change))) if self.scheduler is None else self.at_end(change)
 
-# %% ../nbs/08_laq.ipynb #ede3d32a
+# %% ../nbs/08_laq.ipynb #ebc9d120
 def row_gains(
     probe:Probe,   # held-out points
     names:list,    # layers
@@ -278,13 +278,12 @@ def row_gains(
         for k, q in probe.unet.named_parameters(): q.requires_grad_(params[k])
     return {k: v/(passes*size*len(probe.steps)) for k, v in sums.items()}
 
-# %% ../nbs/08_laq.ipynb #a1b2c3d4
 def _likeness(x):
     "Cosine between the halves of a batch."
     a, b = x.detach().float().flatten().chunk(2)
     return float((a @ b)/(a.norm()*b.norm()).clamp(min=1e-30))
 
-# %% ../nbs/08_laq.ipynb #898199cd
+# %% ../nbs/08_laq.ipynb #ed20fa70
 def line(
     x,  # where to look
     xs, # known places, growing
@@ -317,7 +316,7 @@ def decoded(
     if scheme.kind == 'uniform': return start(W, H, scheme, seed).What
     return encode_rows(W, H, scheme, beam=2, sweeps=1, seed=seed).What[:, :W.shape[1]]
 
-# %% ../nbs/08_laq.ipynb #90c102f9
+# %% ../nbs/08_laq.ipynb #3957457e
 def _errors(W, H, gains, What):
     "H-weighted error, and the same with each row weighted by its gain."
     E = (W - What).float()
@@ -343,7 +342,7 @@ def _layer_estimates(name, module, moments, gains, options, seed, dense_bits):
                          h_error=h/base, cheap=c if c > 1e-20 else 0., measured=math.nan, at_end=math.nan, encoded=o in known))
     return rows, weights
 
-# %% ../nbs/08_laq.ipynb #531a65fa
+# %% ../nbs/08_laq.ipynb #fcb0c96f
 def _measure(rows, weights, probe, model, steps):
     "Fill in the measured damage of the encoded options of one layer, and for a middle one the damage at the end of the walk."
     encoded = sorted((r for r in rows if r['encoded']), key=lambda r: effective_bits(parse_option(r['option'])))
@@ -368,7 +367,7 @@ def _combine(rows):
             r['damage'] = gain*r['cheap']*2**line(x, *zip(*ratio))
     return rows
 
-# %% ../nbs/08_laq.ipynb #7628fdc5
+# %% ../nbs/08_laq.ipynb #6205608a
 VERSION = 1  # of the table
 
 def model_mark(
@@ -401,7 +400,7 @@ def _read_cache(path):
     try: return pd.read_csv(path, float_precision='round_trip')
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError): return pd.DataFrame()   # damaged: measured again
 
-# %% ../nbs/08_laq.ipynb #487f8c76
+# %% ../nbs/08_laq.ipynb #96519630
 def sensitivity(
     unet:nn.Module,       # the full-precision denoiser
     batches:list,         # dicts of forward inputs, one for each step of a walk; the last trajectories are held out
@@ -428,7 +427,7 @@ def sensitivity(
     try: return _sensitivity(unet, layers, batches, options_of, cheap, names, held_out, guidance_scale, scheduler, work_dir, seed, memory, workers, show)
     finally: unet.to(home)
 
-# %% ../nbs/08_laq.ipynb #71ab88ca
+# %% ../nbs/08_laq.ipynb #18d16767
 def _sensitivity(unet, layers, batches, options_of, cheap, names, held_out, scale, scheduler, work_dir, seed, memory, workers, show):
     rest, points = split_points(batches, held_out)
     menus = {n: options_of(layers[n]) for n in names}
@@ -467,7 +466,7 @@ def _ordered(table, names):
     table = table[table.layer.isin(names)]
     return table.assign(_at=table.layer.map({n: i for i, n in enumerate(names)})).sort_values(['_at', 'bytes'], kind='stable').drop(columns='_at').reset_index(drop=True)
 
-# %% ../nbs/08_laq.ipynb #e596eab9
+# %% ../nbs/08_laq.ipynb #714bebcc
 COLUMNS = ('layer', 'kind', 'shape', 'option', 'bytes', 'weights', 'damage', 'model')
 
 def check_table(
@@ -503,7 +502,7 @@ def _dense_bits(table):
     dense = table[table.option == 'dense']
     return int(dense.bytes.iloc[0]*8//dense.weights.iloc[0]) if len(dense) else 32
 
-# %% ../nbs/08_laq.ipynb #245a40c5
+# %% ../nbs/08_laq.ipynb #a7f7e563
 def _fix(table, overrides):
     "The table with only the wanted option where one was set by hand."
     for pattern, option in (overrides or {}).items():
@@ -536,7 +535,7 @@ def _greedy(groups, budget):
         if more <= left and j > at[g]: at[g], left = j, left - more
     return at
 
-# %% ../nbs/08_laq.ipynb #0e9fbdaa
+# %% ../nbs/08_laq.ipynb #95258a50
 def allocate(
     table:pd.DataFrame,  # of `sensitivity`
     budget_bytes:int,    # for all layers of the table together
@@ -557,7 +556,7 @@ def allocate(
     picked = _knapsack([(p.bytes.to_numpy(np.int64), p.damage.to_numpy(float)) for p in parts], int(budget_bytes), seconds)
     return {p.layer.iloc[0]: parse_option(p.option.iloc[i]) for p, i in zip(parts, picked)}
 
-# %% ../nbs/08_laq.ipynb #f64a20ee
+# %% ../nbs/08_laq.ipynb #bab991c2
 def _knapsack(groups, budget, seconds=60.):
     "Index of the chosen option of each group (bytes growing, damage falling): exact, by mixed-integer programming."
     known = _greedy(groups, budget)
@@ -580,7 +579,7 @@ def _knapsack(groups, budget, seconds=60.):
     better = over <= 0 and sum(g[1][i] for g, i in zip(groups, picked)) <= bound
     return picked if better else known
 
-# %% ../nbs/08_laq.ipynb #634f1d5f
+# %% ../nbs/08_laq.ipynb #83f9fe4d
 def dead_layers(
     unet:nn.Module,  # the denoiser
     batches:list,    # dicts of forward inputs
@@ -597,7 +596,7 @@ def dead_layers(
         if max(probe.by_step({n: noise})) == 0: found.append(n)
     return found
 
-# %% ../nbs/08_laq.ipynb #59d54882
+# %% ../nbs/08_laq.ipynb #33a3c300
 class SingleToken(nn.Module):
     "Cross-attention over a context of one token: the softmax is 1, so all that is left is one linear map of the token."
     def __init__(self,
@@ -629,7 +628,7 @@ def fold_single_token(
         block.attn2, block.norm2 = SingleToken(a), nn.Identity()
     return before - sum(p.numel() for p in unet.parameters())
 
-# %% ../nbs/08_laq.ipynb #34c2a2be
+# %% ../nbs/08_laq.ipynb #244bcc26
 def quick_encode(
     unet:nn.Module, # the full-precision denoiser
     batches:list,   # dicts of forward inputs
@@ -669,7 +668,7 @@ def additivity(
         rows.append(dict(bits=b, predicted=price(table, choice)[1], measured=measured))
     return pd.DataFrame(rows)
 
-# %% ../nbs/08_laq.ipynb #1411b76b
+# %% ../nbs/08_laq.ipynb #a1ebfc51
 def remeasure(
     unet:nn.Module,     # the full-precision denoiser
     batches:list,       # dicts of forward inputs, as for `sensitivity`
@@ -692,7 +691,7 @@ def remeasure(
         ratio[n] = 1. if expected == 0 else min(max((whole - without)/expected, 1/limit), limit)
     return table.assign(damage=table.damage*table.layer.map(ratio).fillna(1.))
 
-# %% ../nbs/08_laq.ipynb #be841d56
+# %% ../nbs/08_laq.ipynb #175d5f23
 def by_step(
     table:pd.DataFrame,   # of `sensitivity`, measured
     rank:int=2,           # which of each layer's measured options, from 0 for the cheapest
@@ -724,7 +723,7 @@ def short_name(
         name = name.replace(long, short)
     return name
 
-# %% ../nbs/08_laq.ipynb #102908ed
+# %% ../nbs/08_laq.ipynb #a7708f25
 def plot_kinds(
     table:pd.DataFrame, # of `sensitivity`
     bits:float=2.,      # stored bits a weight at which layers are compared
@@ -739,7 +738,7 @@ def plot_kinds(
     ax.set_yticks(range(len(order)), order, fontsize=7); ax.set(xscale='log', xlabel=f'damage at {bits:g} bits a weight (dead layers at the left edge)'); fig.tight_layout()
     return fig
 
-# %% ../nbs/08_laq.ipynb #91ea47de
+# %% ../nbs/08_laq.ipynb #951c98fc
 def _place(name):
     "Block of a layer, and where it stands in the U: (block, column, depth)."
     m = re.match(r'(down|up)_blocks\.(\d+)', name)
