@@ -6,7 +6,7 @@
 __all__ = ['uniform_grid', 'uniform_round', 'round_to_nearest', 'gptq', 'quantize_uniform', 'sample_images', 'compare',
            'contenders', 'run_table']
 
-# %% ../nbs/17_bench.ipynb #8785c0b8
+# %% ../nbs/17_bench.ipynb #3670ce03
 import copy
 import math
 import time
@@ -21,7 +21,7 @@ from .kaq import packable
 from .quant import quant_report, quantize_unet
 from .zoo import load_mini_classifier, load_mini_ldm
 
-# %% ../nbs/17_bench.ipynb #1ea8024d
+# %% ../nbs/17_bench.ipynb #b3bfea53
 def uniform_grid(
     groups:Tensor, # [..., g] weights that share a grid
     bits:int,      # b
@@ -60,7 +60,7 @@ def round_to_nearest(
     parts = padded.reshape(O, -1, g)
     return uniform_round(parts, *uniform_grid(parts, bits, clip), bits).reshape(O, -1)[:, :N]
 
-# %% ../nbs/17_bench.ipynb #f5e500de
+# %% ../nbs/17_bench.ipynb #ae55bb32
 def gptq(
     W:Tensor,     # [O, N] weight rows
     H:Tensor,     # [N, N] second moments of the inputs
@@ -84,7 +84,7 @@ def gptq(
         W[:, b:] -= E @ U[a:b, b:]
     return Q
 
-# %% ../nbs/17_bench.ipynb #a78dc006
+# %% ../nbs/17_bench.ipynb #8d9f2afc
 def quantize_uniform(
     model:nn.Module,    # dense model; a quantized copy is returned
     bits:int,           # b
@@ -106,7 +106,7 @@ def quantize_uniform(
             stored += W.numel()*b + 32*len(W)*math.ceil(W.shape[1]/(group or W.shape[1])); weights += W.numel()
     return model, stored/weights
 
-# %% ../nbs/17_bench.ipynb #94cb8940
+# %% ../nbs/17_bench.ipynb #b360d42e
 @torch.no_grad()
 def sample_images(
     pipe,                  # a class-conditional pipeline
@@ -137,7 +137,7 @@ def compare(
     hits = classifier(images*2 - 1).argmax(1) == torch.arange(len(images)) % 10
     return dict(psnr=math.inf if mse == 0 else -10*math.log10(mse), accuracy=hits.float().mean().item())
 
-# %% ../nbs/17_bench.ipynb #817c47d8
+# %% ../nbs/17_bench.ipynb #0bd5474a
 def contenders(
     pipe,           # pipeline with the full-precision U-Net
     seed:int=0,     # of calibration

@@ -6,7 +6,7 @@
 __all__ = ['INT8', 'scheme_bytes', 'plan_bits', 'richest_uniform', 'resolve_overrides', 'plan', 'fingerprint', 'WorkDir',
            'make_waves', 'encode_model', 'quantize_unet', 'pack', 'quant_report']
 
-# %% ../nbs/11_quant.ipynb #f5168f37
+# %% ../nbs/11_quant.ipynb #1e13ab7f
 import copy
 import hashlib
 import importlib
@@ -32,7 +32,7 @@ from .laq import allocate, bits_to_bytes, effective_bits, layer_kind, sensitivit
 from .layers import AQLayer, from_aq, packed_layers, swap
 from .semi_pv import Teacher, TuneConfig, class_conditions, distill
 
-# %% ../nbs/11_quant.ipynb #958e7f41
+# %% ../nbs/11_quant.ipynb #98897734
 INT8 = Scheme(1, 8, 1, kind='uniform')
 
 def scheme_bytes(
@@ -60,7 +60,7 @@ def _one_setting(shapes, pair, codebook_dtype):
     harm = sum(math.prod(shapes[n])*2**(-2*effective_bits(s)/s.group_size) for n, s in schemes.items())
     return sum(stored_bytes(s, shapes[n]) for n, s in schemes.items()), harm, schemes
 
-# %% ../nbs/11_quant.ipynb #a3b79e56
+# %% ../nbs/11_quant.ipynb #46b9f46f
 def richest_uniform(
     shapes:dict,            # name -> dense weight shape
     bits:float,             # average stored bits asked for
@@ -82,7 +82,7 @@ def richest_uniform(
     best = min(fits, key=lambda p: p[1])[2] | fixed
     return {n: best[n] for n in shapes}
 
-# %% ../nbs/11_quant.ipynb #1c4e1f2e
+# %% ../nbs/11_quant.ipynb #021dc310
 def resolve_overrides(
     overrides:dict|None, # pattern -> 'dense', Scheme, (M, B), or integer bits 2..8
     shapes:dict,         # name -> dense weight shape
@@ -102,7 +102,7 @@ def _as_scheme(value, shape, pattern):
     if isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= 8: return Scheme(1, value, 1, kind='uniform')
     raise ValueError(f"overrides: {pattern!r} is set to {value!r}, expected 'dense', a Scheme, a pair (M, B) or integer bits 1..8")
 
-# %% ../nbs/11_quant.ipynb #9da64ca3
+# %% ../nbs/11_quant.ipynb #6bb17dba
 def _check_model(model):
     if not isinstance(model, nn.Module): raise TypeError(f'model is a {type(model).__name__}, expected a diffusers model (a torch.nn.Module)')
     if packed_layers(model): raise ValueError(f'the model is already quantized ({len(packed_layers(model))} packed layers); call hub.dequantize first')
@@ -133,7 +133,7 @@ def plan(
             rows.append((n, layer_kind(n), tuple(m.weight.shape), 'dense', 8.*m.weight.element_size(), m.weight.nbytes, why_dense(m)))
     return pd.DataFrame(rows, columns=['layer', 'kind', 'shape', 'scheme', 'bits', 'bytes', 'note'])
 
-# %% ../nbs/11_quant.ipynb #2c140eef
+# %% ../nbs/11_quant.ipynb #7a3f0361
 def fingerprint(
     layers:dict,   # name -> dense layer
     settings:dict, # everything that changes the result, JSON-able
@@ -174,7 +174,7 @@ class WorkDir:
         error, seconds = t['info'].tolist()
         return AQTensor(t['codes'], t['codebooks'], t['scales'], shape, scheme), dict(error=error, seconds=seconds, bias=t.get('bias'))
 
-# %% ../nbs/11_quant.ipynb #25f98a17
+# %% ../nbs/11_quant.ipynb #ce4a041f
 def make_waves(
     order:list,      # layer names as they run
     layers:dict,     # name -> dense layer
@@ -209,7 +209,7 @@ def _write_back(student, name, aq, info):
     layer.weight.data.copy_(decode(aq))
     if info['bias'] is not None: layer.bias.data += info['bias'].to(layer.bias)
 
-# %% ../nbs/11_quant.ipynb #40313a73
+# %% ../nbs/11_quant.ipynb #8acdaf3b
 def encode_model(
     model:nn.Module,     # dense model, not changed
     schemes:dict,        # name -> Scheme or 'dense'
@@ -244,7 +244,7 @@ def encode_model(
                 for n in wave: _write_back(student, n, *ready[n])
     return done
 
-# %% ../nbs/11_quant.ipynb #81b9c133
+# %% ../nbs/11_quant.ipynb #5a7f4c80
 def _auto_sequential(model, sequential):
     if sequential != 'auto': return bool(sequential)
     return sum(p.numel() for p in model.parameters()) <= 100_000_000 or next(model.parameters()).is_cuda
@@ -257,7 +257,7 @@ def _check_arguments(bits, act_bits, beam, memory, calibration, tune):
     if act_bits is not None and calibration is None: raise ValueError("act_bits needs calibration inputs to find the ranges; give calibration='auto', a pipeline or a list of inputs")
     if tune is not None and 'class_embedding' not in getattr(calibration, 'components', {}): raise ValueError('tune needs calibration=pipe with a class-conditional pipeline; for other models call semi_pv.distill with a Teacher of your own')
 
-# %% ../nbs/11_quant.ipynb #238abd79
+# %% ../nbs/11_quant.ipynb #aca17bde
 def quantize_unet(
     unet:nn.Module,          # any diffusers model made of Conv2d and Linear; changed in place
     bits:float=2,            # average stored bits over all conv and linear weights
@@ -295,14 +295,13 @@ def quantize_unet(
         _quantize(unet, work, fixed, calibration, tune, dict(settings, laq=laq, sequential=_auto_sequential(unet, sequential)), memory, 1 if next(unet.parameters()).is_cuda else workers, progress)
     return unet.to(home)
 
-# %% ../nbs/11_quant.ipynb #435f42f8
+# %% ../nbs/11_quant.ipynb #349cd96c
 def _quantize(unet, work, fixed, calibration, tune, s, memory, workers, show):
     "The stages of `quantize_unet`, on checked arguments; `s` holds the settings."
     seed, guidance = s['seed'], s['guidance']
     with single_thread():
         batches = None if calibration is None else calibration_batches(unet, calibration, s['n'], guidance_scale=guidance, seed=seed, show=show)
-    walked = calibration.scheduler if 'class_embedding' in getattr(calibration, 'components', {}) else None    # damage at the end of the walk, where there is one
-    schemes = _choose_schemes(unet, s['bits'], batches, fixed, s['laq'], s['codebook_dtype'], work.path, seed, workers, guidance, walked, show)
+    schemes = _choose_schemes(unet, s['bits'], batches, fixed, s['laq'], s['codebook_dtype'], work.path, seed, workers, guidance, show)
     done = encode_model(unet, schemes, batches, work, dict(beam=s['beam'], sweeps=s['sweeps']), s['sequential'], memory, seed=seed, workers=workers, show=show)
     teacher = None if tune is None else _teacher(unet, calibration, guidance, seed)
     pack(unet, done)
@@ -312,12 +311,12 @@ def _quantize(unet, work, fixed, calibration, tune, s, memory, workers, show):
         distill(unet, teacher, config, checkpoint=work.path and work.path/'tuning.pt', show=show)
     importlib.import_module('aquatic_nb.hub').attach(unet, bits=s['bits'])    # a door above this one, asked for only when there is something to save
 
-# %% ../nbs/11_quant.ipynb #140529a3
-def _choose_schemes(model, bits, batches, fixed, laq, codebook_dtype, work_dir, seed, workers, guidance_scale, scheduler, show):
+# %% ../nbs/11_quant.ipynb #14bebd5c
+def _choose_schemes(model, bits, batches, fixed, laq, codebook_dtype, work_dir, seed, workers, guidance_scale, show):
     "Name -> scheme: by the allocation of LAQ, or the richest uniform setting."
     shapes = {n: tuple(m.weight.shape) for n, m in packable(model).items()}
     if not laq or batches is None: return richest_uniform(shapes, bits, fixed, codebook_dtype, next(model.parameters()).element_size())
-    table = sensitivity(model, batches, guidance_scale=guidance_scale, scheduler=scheduler, work_dir=None if work_dir is None else work_dir/'laq', seed=seed, workers=workers, show=show)
+    table = sensitivity(model, batches, guidance_scale=guidance_scale, work_dir=None if work_dir is None else work_dir/'laq', seed=seed, workers=workers, show=show)
     return allocate(table, bits_to_bytes(table, bits), overrides=fixed)
 
 def pack(
@@ -336,7 +335,7 @@ def _teacher(model, pipe, guidance_scale, seed):
     "Trajectories of the model as it is now, kept in memory."
     return Teacher(copy.deepcopy(model).eval().requires_grad_(False), pipe.scheduler, class_conditions(pipe), guidance_scale=guidance_scale, seed=seed)
 
-# %% ../nbs/11_quant.ipynb #522ffbe1
+# %% ../nbs/11_quant.ipynb #6742548e
 def quant_report(
     model:nn.Module, # a model, packed or not
 )->pd.DataFrame:     # layer, kind, shape, scheme, bits, code_bits, bytes, error, seconds; totals in `.attrs`
