@@ -278,6 +278,7 @@ def row_gains(
         for k, q in probe.unet.named_parameters(): q.requires_grad_(params[k])
     return {k: v/(passes*size*len(probe.steps)) for k, v in sums.items()}
 
+# %% ../nbs/08_laq.ipynb #a1b2c3d4
 def _likeness(x):
     "Cosine between the halves of a batch."
     a, b = x.detach().float().flatten().chunk(2)

@@ -9,7 +9,7 @@ __all__ = ['ROLES', 'TunedLayer', 'as_groups', 'gather_sums', 'scatter_sums', 'o
            'lr_factor', 'blame', 'check_pair', 'Ema', 'write_log', 'UniformTuned', 'straight_through', 'Tuner',
            'close_peer', 'distill']
 
-# %% ../nbs/10_semi_pv.ipynb #eb6714a4
+# %% ../nbs/10_semi_pv.ipynb #6985463c
 import math
 import time
 from dataclasses import asdict, dataclass
@@ -28,7 +28,7 @@ from .core import generator, progress, write_atomic
 from .kaq import from_groups, packable, to_groups
 from .layers import packed_layers, swap
 
-# %% ../nbs/10_semi_pv.ipynb #7e324c70
+# %% ../nbs/10_semi_pv.ipynb #4ca5a229
 class TunedLayer(nn.Module):
     "A packed layer opened for training: a dense weight to compute with, float codebooks and scales to learn."
     def __init__(self,
@@ -53,7 +53,7 @@ class TunedLayer(nn.Module):
 
     def extra_repr(self): return f'{self.shape}, {self.scheme}, training'
 
-# %% ../nbs/10_semi_pv.ipynb #9de357ef
+# %% ../nbs/10_semi_pv.ipynb #c7f989b8
 def as_groups(
     weight:Tensor,  # dense weight [O, ...]
     group_size:int, # d
@@ -107,7 +107,7 @@ def scatter_sums(
     X = (grads*scales[:, None, None]).flatten(0, 1)
     return torch.stack([X.new_zeros(n_codewords, X.shape[1]).index_add_(0, c.flatten().long(), X) for c in codes.unbind(-1)])
 
-# %% ../nbs/10_semi_pv.ipynb #2e366fc0
+# %% ../nbs/10_semi_pv.ipynb #e15fbdc1
 def _books(self)->Tensor:
     "Codebooks as they will be stored, [M, K, d] float32."
     return self.codebooks.detach().round() if self.scheme.codebook_dtype == 'int8' else self.codebooks.detach().half().float()
@@ -147,7 +147,7 @@ def _to_aq(self)->AQTensor:
 TunedLayer.books, TunedLayer.row_scales, TunedLayer.decode = _books, _row_scales, _decode
 TunedLayer.pull_grads, TunedLayer.keep_promise, TunedLayer.to_aq = _pull_grads, _keep_promise, _to_aq
 
-# %% ../nbs/10_semi_pv.ipynb #738012d3
+# %% ../nbs/10_semi_pv.ipynb #e4bc0db7
 def open_layers(
     model:nn.Module, # a model with packed layers; changed in place
 )->dict:             # name -> TunedLayer
@@ -177,7 +177,7 @@ def close_layers(
         swap(model, n, packed)
     return model
 
-# %% ../nbs/10_semi_pv.ipynb #67079f68
+# %% ../nbs/10_semi_pv.ipynb #18bc5383
 ROLES = ('codebooks', 'scales', 'dense', 'act', 'codes')
 
 def param_groups(
@@ -205,7 +205,7 @@ def param_groups(
     return [dict(role=r, params=list(ps.values()), names=list(ps), lr=rates[r], base_lr=rates[r], betas=tuple(code_betas if r == 'codes' else betas))
             for r, ps in found.items() if ps]
 
-# %% ../nbs/10_semi_pv.ipynb #59c6821c
+# %% ../nbs/10_semi_pv.ipynb #dae5396a
 def nearest_codes(
     target:Tensor,    # [n, d] what the sums should come near to
     codebooks:Tensor, # [M, K, d] float32
@@ -220,7 +220,7 @@ def nearest_codes(
     eye = torch.eye(target.shape[1], device=target.device)
     return search_codes(target.float().contiguous(), codebooks, eye, codes.to(torch.int32).contiguous(), beam)
 
-# %% ../nbs/10_semi_pv.ipynb #809b28f7
+# %% ../nbs/10_semi_pv.ipynb #492e22ea
 class SeMIPV(torch.optim.Optimizer):
     "PV-Tuning with selective momentum invalidation."
     def __init__(self,
@@ -256,7 +256,7 @@ class SeMIPV(torch.optim.Optimizer):
             for k in ('m', 'v', 'delta'):
                 if k in st: st[k] = st[k].to(self.state_dtype or p.dtype)
 
-# %% ../nbs/10_semi_pv.ipynb #42ef9cf6
+# %% ../nbs/10_semi_pv.ipynb #b868f358
 def _state_of(self, p, role):
     "The state of a parameter, made when first asked for."
     if (st := self.state[p]): return st
@@ -273,7 +273,7 @@ def _beta1(self, p, role): return next(g['betas'][0] for g in self.param_groups 
 
 SeMIPV.state_of, SeMIPV.beta1 = _state_of, _beta1
 
-# %% ../nbs/10_semi_pv.ipynb #d8783cf0
+# %% ../nbs/10_semi_pv.ipynb #21917c2a
 def _adam(self, g, st, betas, eps=1e-12)->Tensor:
     "Feed a gradient to the moments; returns the normalised direction."
     b1, b2 = betas
@@ -312,7 +312,7 @@ def _step(self, closure=None):
 
 SeMIPV.adam, SeMIPV.step = _adam, _step
 
-# %% ../nbs/10_semi_pv.ipynb #e137c0c6
+# %% ../nbs/10_semi_pv.ipynb #49609120
 def _step_codes(self):
     "Decode every layer; move the straight-through buffers; let codes jump when it is time."
     group = next((g for g in self.param_groups if g['role'] == 'codes'), None)
@@ -334,7 +334,7 @@ def _step_codes(self):
     self.stats['changed'] = changed/max(total, 1)
     if jump and changed and self.selector == 'B': self.invalidate('B')
 
-# %% ../nbs/10_semi_pv.ipynb #67d12778
+# %% ../nbs/10_semi_pv.ipynb #903d47fb
 def _jump(self, layer, delta)->tuple:
     "Re-encode the groups that are furthest from their buffer; returns (groups changed, mask [O, J], fraction of members moved [M, K])."
     C, (O, J, M), scheme = layer.books(), layer.codes.shape, layer.scheme
@@ -359,7 +359,7 @@ def _jump(self, layer, delta)->tuple:
 
 SeMIPV.step_codes, SeMIPV.jump = _step_codes, _jump
 
-# %% ../nbs/10_semi_pv.ipynb #0c424432
+# %% ../nbs/10_semi_pv.ipynb #fcef254a
 def _forget(st, mask, moments):
     "Zero the chosen moments where the mask (of block shape, or True) says so."
     for k in moments:
@@ -388,7 +388,7 @@ def _mask(self, selector, p, st, role):
     if layer is None or not hasattr(layer, 'changed'): return None
     return layer.changed[..., None] if role == 'codes' else (layer.moved > self.membership)[..., None]
 
-# %% ../nbs/10_semi_pv.ipynb #b6882f34
+# %% ../nbs/10_semi_pv.ipynb #1192a730
 @torch.no_grad()
 def _invalidate(self,
     selector:str,    # 'A', 'B' or 'C'
@@ -414,7 +414,7 @@ def _invalidate(self,
 
 SeMIPV.mask, SeMIPV.invalidate = _mask, _invalidate
 
-# %% ../nbs/10_semi_pv.ipynb #7c8be67c
+# %% ../nbs/10_semi_pv.ipynb #150e1bc3
 def class_conditions(
     pipe, # a class-conditional pipeline
 ):        # function (n, generator) -> (cond, null): dicts of model arguments, [n, ...]
@@ -446,7 +446,7 @@ def predict(
     both = {k: torch.cat([v, null[k]]) for k, v in cond.items()}
     return model(torch.cat([x, x]), torch.cat([t, t]), **both, return_dict=False)[0].chunk(2)
 
-# %% ../nbs/10_semi_pv.ipynb #08aa16a9
+# %% ../nbs/10_semi_pv.ipynb #5c089b3b
 @torch.no_grad()
 def teacher_walk(
     model:nn.Module, # full precision
@@ -477,7 +477,7 @@ def teacher_walk(
     stack = {k: None if v[0] is None else torch.stack(v) for k, v in kept.items()}
     return stack | dict(t=ts, cond=cond, null=null)
 
-# %% ../nbs/10_semi_pv.ipynb #f46912c8
+# %% ../nbs/10_semi_pv.ipynb #e25dc2b9
 class Teacher:
     "A pool of the full-precision model's trajectories."
     def __init__(self,
@@ -521,7 +521,7 @@ class Teacher:
         else: self.kept[i] = self.from_disk(i)
         return self.kept[i]
 
-# %% ../nbs/10_semi_pv.ipynb #86a1af28
+# %% ../nbs/10_semi_pv.ipynb #d8fb85b5
 def _from_disk(self, i):
     "Read a walk (memory-mapped), or make and write it; a file of another teacher or setting is refused."
     path = self.folder/f'walk_{i:04}.pt'
@@ -535,7 +535,7 @@ def _from_disk(self, i):
 
 Teacher.from_disk = _from_disk
 
-# %% ../nbs/10_semi_pv.ipynb #81d7382c
+# %% ../nbs/10_semi_pv.ipynb #f940c031
 def _take(w, j, s):
     "Entries (steps j, samples s) of a walk."
     part = lambda d: None if d is None else {k: v[s] for k, v in d.items()}
@@ -573,7 +573,7 @@ def iid_batch(
     parts = [_take(teacher.walk(int(i)), pick(teacher.steps, batch//walks), pick(teacher.batch, batch//walks)) for i in pick(teacher.n_walks, walks)]
     return _join(parts) | dict(restart=step % teacher.steps == 0)
 
-# %% ../nbs/10_semi_pv.ipynb #25a53f01
+# %% ../nbs/10_semi_pv.ipynb #91a2eb55
 def distillation_loss(
     student:nn.Module, # the model in training
     b:dict,            # a batch
@@ -609,7 +609,7 @@ def held_out_loss(
     student.train(mode)
     return total/k
 
-# %% ../nbs/10_semi_pv.ipynb #23b56efc
+# %% ../nbs/10_semi_pv.ipynb #c10d43cc
 @dataclass
 class TuneConfig:
     "How to tune. A run is described by this and its seed."
@@ -647,7 +647,7 @@ def lr_factor(
     "Rising, then half a cosine."
     return min(1., (step + 1)/warmup)*.5*(1 + math.cos(math.pi*min(1., step/max(steps, 1))))
 
-# %% ../nbs/10_semi_pv.ipynb #ecafec59
+# %% ../nbs/10_semi_pv.ipynb #e9f23761
 def blame(
     student:nn.Module, # the model in training
     batch:dict,        # from `walk_batch` or `iid_batch`
@@ -677,7 +677,7 @@ def check_pair(
     except (RuntimeError, TypeError, ValueError) as e: raise ValueError(f'distill: the student cannot be called as the teacher is: {e}') from e
     if out.shape != b['cond_out'].shape: raise ValueError(f"distill: the student answers {tuple(out.shape)}, the teacher {tuple(b['cond_out'].shape)}; are these the same architecture?")
 
-# %% ../nbs/10_semi_pv.ipynb #0ca50a7d
+# %% ../nbs/10_semi_pv.ipynb #5b21214e
 class Ema:
     "Exponential averages of parameters."
     def __init__(self, params, decay): self.decay, self.params, self.mean = decay, params, [p.detach().clone() for p in params]
@@ -700,7 +700,7 @@ def write_log(
 
 def _cell(v): return f'{v:.6g}' if isinstance(v, float) else str(v)
 
-# %% ../nbs/10_semi_pv.ipynb #cdefa4cc
+# %% ../nbs/10_semi_pv.ipynb #8fabddca
 def _through(x): return x + (x.round() - x).detach()
 
 class UniformTuned(nn.Module):
@@ -733,7 +733,7 @@ def straight_through(
     for n, m in packable(model).items(): swap(model, n, UniformTuned(m, bits, group))
     return model
 
-# %% ../nbs/10_semi_pv.ipynb #0c29358d
+# %% ../nbs/10_semi_pv.ipynb #8f33c2e8
 class Tuner:
     "The state of a tuning run, which a checkpoint holds whole."
     def __init__(self, student, teacher, config, held=None):
@@ -763,7 +763,7 @@ class Tuner:
         if self.ema: self.ema.mean = state['ema']
         self.step, self.total, self.spent, self.log = state['step'], state['total'], state['spent'], state['log']
 
-# %% ../nbs/10_semi_pv.ipynb #65b017a5
+# %% ../nbs/10_semi_pv.ipynb #c132b30a
 @torch.no_grad()
 def close_peer(
     model:nn.Module, # changed in place
@@ -797,7 +797,7 @@ def _train_step(self)->dict:
 Tuner.weights = Tuner.watch = None
 Tuner.train_step = _train_step
 
-# %% ../nbs/10_semi_pv.ipynb #d8ed56da
+# %% ../nbs/10_semi_pv.ipynb #eee20d9f
 def _finish(self)->dict:
     "Close the layers with the last, the averaged or the first parameters, whichever do best on held-out noise."
     now = self.measure()
@@ -823,7 +823,7 @@ def _measure(self): return float('nan') if self.held is None else held_out_loss(
 
 Tuner.finish, Tuner.swap_average, Tuner.measure = _finish, _swap_average, _measure
 
-# %% ../nbs/10_semi_pv.ipynb #eb398707
+# %% ../nbs/10_semi_pv.ipynb #001a96a4
 def distill(
     student:nn.Module,   # model with packed layers; changed in place
     teacher:Teacher,     # trajectories of the full-precision model
