@@ -129,13 +129,13 @@ def test_shipped_model_is_what_the_card_says():
     assert pipe.unet.dtype == torch.float32 and list(pipe.unet.config.block_out_channels) == [96, 192]
     images, labels = zoo.mini_reference()
     assert images.shape == (10000, 1, 32, 32) and images.dtype == torch.uint8 and labels.bincount().tolist() == [1000]*10
-    x = images[:500].float()/127.5 - 1
+    x = images[:200].float()/127.5 - 1
     with torch.no_grad():
-        assert (classifier(x).argmax(1) == labels[:500]).float().mean() > .9
+        assert (classifier(x).argmax(1) == labels[:200]).float().mean() > .9
         back = pipe.decode(pipe.encode(x)).clamp(-1, 1)
         assert -10*((back - x)/2).square().mean().log10() > 25.5
-        asked = torch.arange(40) % 10
-        samples = pipe(asked, generator=generator(0, 'test'), output_type='pt').images
+        asked = torch.arange(20) % 10
+        samples = pipe(asked, 10, generator=generator(0, 'test'), output_type='pt').images
         assert (classifier(samples*2 - 1).argmax(1) == asked).float().mean() > .8
 
 
