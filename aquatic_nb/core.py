@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['has_op', 'shim_torchvision', 'generator', 'write_atomic', 'work_lock', 'when_imported', 'LazyConfig',
-           'lazy_quantizer', 'register_backend', 'progress', 'machine']
+           'lazy_quantizer', 'register_backend', 'register_kernels', 'progress', 'machine']
 
 # %% ../nbs/00_core.ipynb #35420f6d
 import errno
@@ -185,6 +185,14 @@ def register_backend(
     "Add the method `aquatic` to diffusers' dictionaries of quantization backends."
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault('aquatic', LazyConfig)
     auto.AUTO_QUANTIZER_MAPPING.setdefault('aquatic', lazy_quantizer)
+
+# %% ../nbs/00_core.ipynb #25829ce5
+def register_kernels(
+    layers, # the module `aquatic_nb.layers`
+) -> None:
+    "Import the modules whose kernels packed layers can run on: the CPU's, and the GPU's where there is one."
+    importlib.import_module('aquatic_nb.cpu')
+    if torch.cuda.is_available(): importlib.import_module('aquatic_nb.cuda')
 
 # %% ../nbs/00_core.ipynb #1d3178aa
 def progress(
