@@ -70,7 +70,7 @@ def stored_bytes(
     rows, fan_in = shape[0], math.prod(shape[1:])
     codes = packed_bytes(rows*n_groups(scheme, fan_in)*scheme.n_codebooks, scheme.codebook_bits)
     entry = 1 if scheme.codebook_dtype == 'int8' else 2
-    books = 0 if shared else scheme.n_codebooks*scheme.n_codewords*scheme.group_size*entry
+    books = 0 if shared or scheme.kind == 'uniform' else scheme.n_codebooks*scheme.n_codewords*scheme.group_size*entry
     return codes + books + 2*rows
 
 # %% ../nbs/01_aq.ipynb #918adf23
@@ -113,10 +113,10 @@ def check_values(
 # %% ../nbs/01_aq.ipynb #9248640c
 def sum_codewords(
     codes:Tensor,     # [..., M] integer codes
-    codebooks:Tensor, # [M, K, d] any dtype; integers are added as they are
+    codebooks:Tensor, # [M, K, d] any dtype; integers are added as they are, halves as floats
 )->Tensor:            # [..., d]
     "The sum over m of codebooks[m, codes[..., m]]."
-    wide = codebooks.int() if codebooks.dtype == torch.int8 else codebooks
+    wide = codebooks.int() if codebooks.dtype == torch.int8 else codebooks.float() if codebooks.dtype == torch.float16 else codebooks
     out = 0
     for m in range(codes.shape[-1]): out = out + wide[m][codes[..., m].long()]
     return out

@@ -18,49 +18,83 @@ from .aq import AQTensor, Scheme, kmeans_assign, residual_kmeans, sum_codewords
 from .core import generator
 from .kaq import pad_h
 
+# %% ../nbs/06_beam.ipynb #ea190d35
+@njit(nogil=True, fastmath=True, cache=True)
+def _least(bits):
+    "Least float32 of a vector, given as its bits: integers compare faster than floats here. The result is an ordered key."
+    low = np.int32(2147483647)
+    for k in range(len(bits)):
+        v = bits[k]
+        low = min(low, v ^ ((v >> 31) & np.int32(2147483647)))
+    return low
+
+@njit(nogil=True, fastmath=True, cache=True)
+def _score_row(base, cross, part, n, m, add, row):
+    "row[k] = cost of the partial sum `part[:n]`, without book m, and codeword k of book m."
+    first = 1 if m == 0 else 0
+    if n <= first:
+        for k in range(len(row)): row[k] = add + base[k]
+        return
+    table = cross[first, m, part[first]]
+    for k in range(len(row)): row[k] = add + base[k] + 2*table[k]
+    for l in range(first + 1, n):
+        if l == m: continue
+        table = cross[l, m, part[l]]
+        for k in range(len(row)): row[k] += 2*table[k]
+
+@njit(nogil=True, fastmath=True, cache=True)
+def _keep_best(row, bits, h, kept, score, count, width):
+    "Put the codewords of `row`, after hypothesis h, among the best `width` (kept[p] = h, k); returns how many there are."
+    for a in range(0, len(row), 16):
+        if count == width and _least(bits[a:a + 16]) >= _least(score.view(np.int32)[width - 1:width]): continue
+        for k in range(a, min(a + 16, len(row))):
+            v = row[k]
+            if count < width or v < score[width - 1]:
+                p = count if count < width else width - 1
+                while p > 0 and score[p - 1] > v:
+                    score[p], kept[p, 0], kept[p, 1] = score[p - 1], kept[p - 1, 0], kept[p - 1, 1]
+                    p -= 1
+                score[p], kept[p, 0], kept[p, 1] = v, h, k
+                if count < width: count += 1
+    return count
+
 # %% ../nbs/06_beam.ipynb #1f46490b
 @njit(nogil=True, fastmath=True, cache=True)
 def _search_tables(dots, norms, cross, codes, beam, rounds):
     "Beam and ICM for each row of `codes` [O, M] in place; tables dots [O, M, K], norms [M, K], cross [M, M, K, K]."
     O, M, K = dots.shape
+    row, base = np.empty(K, np.float32), np.empty((M, K), np.float32)
+    bits = row.view(np.int32)
+    hyp, hyp_score, kept = np.zeros((beam, M), np.int32), np.zeros(beam, np.float32), np.zeros((beam, 2), np.int32)
+    new, score = np.zeros((beam, M), np.int32), np.zeros(beam, np.float32)
     for o in range(O):
-        best, score = codes[o].copy(), np.float32(0.)
+        best, now = codes[o], np.float32(0.)
         for m in range(M):
-            score += norms[m, best[m]] - 2*dots[o, m, best[m]]
-            for l in range(m): score += 2*cross[l, m, best[l], best[m]]
-        row = np.empty(K, np.float32)
-        hyp, hyp_score, n_hyp = np.zeros((beam, M), np.int32), np.zeros(beam, np.float32), 1
-        new, new_score = np.zeros((beam, M), np.int32), np.zeros(beam, np.float32)
+            for k in range(K): base[m, k] = norms[m, k] - 2*dots[o, m, k]
+            now += base[m, best[m]]
+            for l in range(m): now += 2*cross[l, m, best[l], best[m]]
+        count, hyp_score[0] = 1, np.float32(0.)
         for m in range(M):
-            width, count = (1 if m == M - 1 else beam), 0
-            for h in range(n_hyp):
-                for k in range(K): row[k] = hyp_score[h] + norms[m, k] - 2*dots[o, m, k]
-                for l in range(m):
-                    table = cross[l, m, hyp[h, l]]
-                    for k in range(K): row[k] += 2*table[k]
-                for k in range(K):
-                    v = row[k]
-                    if count < width or v < new_score[width - 1]:
-                        p = count if count < width else width - 1
-                        while p > 0 and new_score[p - 1] > v:
-                            new_score[p] = new_score[p - 1]; new[p] = new[p - 1]; p -= 1
-                        new_score[p] = v; new[p, :m] = hyp[h, :m]; new[p, m] = k
-                        if count < width: count += 1
-            n_hyp = count
-            for h in range(n_hyp): hyp_score[h] = new_score[h]; hyp[h] = new[h]
-        if hyp_score[0] < score - 1e-6*abs(score): best[:] = hyp[0]
+            width, n, count = (1 if m == M - 1 else beam), count, 0
+            for h in range(n):
+                _score_row(base[m], cross, hyp[h], m, m, hyp_score[h], row)
+                if count == width and _least(bits) >= _least(score.view(np.int32)[width - 1:width]): continue
+                count = _keep_best(row, bits, h, kept, score, count, width)
+            for p in range(count):
+                for l in range(m): new[p, l] = hyp[kept[p, 0], l]
+                new[p, m], hyp_score[p] = kept[p, 1], score[p]
+            hyp, new = new, hyp
+        if hyp_score[0] < now - 1e-6*abs(now): best[:] = hyp[0]
         for r in range(rounds):
             moved = False
             for m in range(M):
-                for k in range(K): row[k] = norms[m, k] - 2*dots[o, m, k]
-                for l in range(M):
-                    if l != m:
-                        table = cross[l, m, best[l]]
-                        for k in range(K): row[k] += 2*table[k]
+                _score_row(base[m], cross, best, M, m, np.float32(0.), row)
+                low = _least(bits)
+                here = row[best[m]]
+                if low >= _least(bits[best[m]:best[m] + 1]): continue
                 k = np.argmin(row)
-                if row[k] < row[best[m]] - 1e-6*abs(row[best[m]]): best[m] = k; moved = True
+                if row[k] < here - 1e-6*abs(here): best[m] = k; moved = True
             if not moved: break
-        codes[o] = best
 
 # %% ../nbs/06_beam.ipynb #18ea3fb7
 def _search_torch(a, C, CH, norms, codes, beam, rounds):
@@ -116,8 +150,10 @@ def damp(
     "H plus a fraction of its mean diagonal; the identity where H is zero."
     if not torch.isfinite(H).all(): raise ValueError('H holds NaN or infinity; the calibration inputs overflow somewhere')
     mean = H.diagonal().mean()
-    eye = torch.eye(len(H), dtype=H.dtype, device=H.device)
-    return eye if mean <= 0 else H + fraction*mean*eye
+    if mean <= 0: return torch.eye(len(H), dtype=H.dtype, device=H.device)
+    out = H.clone()
+    out.diagonal().add_(fraction*mean)
+    return out
 
 def corrected_target(
     W:Tensor,       # [O, N] weight rows
@@ -139,10 +175,13 @@ class State:
     C:Tensor       # [M, K, d] float32 codebooks
     scales:Tensor  # [O] float32
     What:Tensor=None # [O, J*d] current decoding
+    G:Tensor=None    # [O, J*d] (W - What) H, kept up to date by the half-steps
+    WH:Tensor=None   # [O, J*d] W H, made when first needed
     trace:list=field(default_factory=list) # (half-step, loss) pairs
 
     def decode(self, C=None): return (sum_codewords(self.codes, self.C if C is None else C)*self.scales[:, None, None]).flatten(1)
-    def loss(self): E = self.W - self.What; return ((E @ self.H)*E).sum(dtype=torch.float64).item()
+    def refresh(self): self.G = (self.W - self.What) @ self.H
+    def loss(self): return ((self.W - self.What)*self.G).sum(dtype=torch.float64).item()
     def note(self, step): self.trace.append((step, self.loss()))
 
 # %% ../nbs/06_beam.ipynb #8a7009f2
@@ -169,7 +208,7 @@ def start(
         i, _ = kmeans_assign(rest, weight, C[m])
         rest = rest - C[m][i]; codes.append(i)
     st = State(W, H, scheme, torch.stack(codes, -1).reshape(O, J, -1).to(torch.int32), C, scales)
-    st.What = st.decode(); st.note('k-means')
+    st.What = st.decode(); st.refresh(); st.note('k-means')
     return st
 
 # %% ../nbs/06_beam.ipynb #3e945100
@@ -186,7 +225,7 @@ def _start_uniform(W, H, scheme, grid=24):
     q = (W/best[:, None]).round().clamp(-half, half - 1)
     C = torch.arange(-half, half, device=W.device).float().reshape(1, -1, 1)
     st = State(W, H, scheme, (q + half).to(torch.int32)[..., None], C, torch.where(W.abs().amax(1) > 0, best, 0*best))
-    st.What = st.decode(); st.note('rounding')
+    st.What = st.decode(); st.refresh(); st.note('rounding')
     return st
 
 # %% ../nbs/06_beam.ipynb #9be1e9e9
@@ -197,9 +236,8 @@ def sweep_codes(
     columns=144, # columns in a block
 ):
     "Re-decide the codes of every group, one group after the other; the loss never rises."
-    W, H, d = st.W, st.H, st.scheme.group_size
+    G, H, d = st.G, st.H, st.scheme.group_size
     J, per = st.codes.shape[1], max(1, columns//st.scheme.group_size)
-    G = (W - st.What) @ H
     inv = torch.where(st.scales > 0, 1/st.scales.clamp(min=1e-30), 0)[:, None]
     for j0 in range(0, J, per):
         j1 = min(j0 + per, J)
@@ -214,7 +252,7 @@ def sweep_codes(
             moved[:, lo:hi] = new - old
             st.codes[:, j], st.What[:, cols] = codes, new
             if j + 1 < j1: Gb[:, hi:] -= moved[:, lo:hi] @ Hb[lo:hi, hi:]
-        if j1 < J: G[:, j1*d:] -= moved @ H[block, j1*d:]
+        G.addmm_(moved, H[block], alpha=-1)
     st.note('codes')
 
 # %% ../nbs/06_beam.ipynb #5882d015
@@ -244,24 +282,29 @@ def refit_codebooks(
     st:State,    # changed in place
     iters:int=8, # conjugate-gradient steps
     ridge=1e-6,  # pulls unused codewords to where they are; relative to the mean curvature
+    enough=1e-3, # stop when a step lowers the loss by less than this fraction
 ):
     "Conjugate gradients on the codebooks for fixed codes; the loss never rises."
     if st.scheme.kind == 'uniform': return
     inverse, ridge = _codeword_blocks(st, ridge)
     precondition = lambda R: (inverse @ R[..., None])[..., 0]
-    r = _scatter(st, (st.W - st.What) @ st.H)
+    r, loss, G = _scatter(st, st.G), st.loss(), st.G.clone()
     x, z = torch.zeros_like(st.C), precondition(r)
     p, rz = z, (r*z).sum()
     first = rz
     for _ in range(iters):
         if rz <= 1e-9*first: break
-        Ap = _scatter(st, st.decode(p) @ st.H) + ridge*p
+        PH = st.decode(p) @ st.H
+        Ap = _scatter(st, PH) + ridge*p
         step = rz/(p*Ap).sum()
         x, r = x + step*p, r - step*Ap
+        G.addcmul_(PH, step, value=-1)
+        loss -= (step*rz).item()
+        if step*rz < enough*loss: break
         z = precondition(r)
         new = (r*z).sum()
         p, rz = z + new/rz*p, new
-    if torch.isfinite(x).all(): st.C = st.C + x; st.What = st.decode()
+    if torch.isfinite(x).all(): st.C = st.C + x; st.What, st.G = st.decode(), G
     st.note('codebooks')
 
 # %% ../nbs/06_beam.ipynb #f0c96028
@@ -269,11 +312,11 @@ def refit_scales(
     st:State, # changed in place
 ):
     "Least-squares scale of every row; the loss never rises."
-    raw = sum_codewords(st.codes, st.C).float().flatten(1)
-    RH = raw @ st.H
-    top, bottom = (st.W*RH).sum(1), (raw*RH).sum(1)
-    st.scales = torch.where((bottom > 0) & (top > 0) & (st.scales > 0), top/bottom.clamp(min=1e-30), st.scales)
-    st.What = raw*st.scales[:, None]
+    if st.WH is None: st.WH = st.W @ st.H
+    AH = st.WH - st.G
+    top, bottom = (st.W*AH).sum(1), (st.What*AH).sum(1)
+    t = torch.where((bottom > 0) & (top > 0) & (st.scales > 0), top/bottom.clamp(min=1e-30), 1)
+    st.scales, st.What, st.G = st.scales*t, st.What*t[:, None], st.G + (1 - t)[:, None]*AH
     st.note('scales')
 
 # %% ../nbs/06_beam.ipynb #e47d9aa2
@@ -288,10 +331,12 @@ def round_storage(
     elif st.scheme.kind == 'aq': st.C = st.C.half().float()
     st.scales = _to_half(st.scales)
     st.What = st.decode()
+    st.refresh()
 
 def _to_half(scales):
     half = scales.half().float()
-    bad = (half - scales).abs() > .01*scales.abs()
+    off = (half - scales).abs()
+    bad = (off > .01*scales.abs()) & ~(off < 1e-4*scales.abs().max())    # a row that next to nothing reaches may be off by more
     if bad.any(): raise ValueError(f'{int(bad.sum())} of {len(scales)} row scales lie outside the range of fp16 (from {float(scales.min()):.3g} to {float(scales.max()):.3g}); rescale the weight or keep this layer dense')
     return half
 

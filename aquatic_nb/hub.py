@@ -121,7 +121,7 @@ def _names_of(table):
 class AquaticConfig(QuantizationConfigMixin):
     "The `quantization_config` entry of a packed model, or what to do with a dense one while it is loaded."
     def __init__(self,
-        bits=None, # average stored bits a weight over the quantized layers, 1..8; needed to quantize while loading
+        bits=None, # average stored bits a weight over the conv and linear layers, 0.25..16; needed to quantize while loading
         act_bits=None, # bits of activations, 2..8; None leaves them as they are
         shared_codebooks=None, # layer name -> the other layers that use its codebooks
         format_version=FORMAT_VERSION, # of the file
@@ -133,7 +133,7 @@ class AquaticConfig(QuantizationConfigMixin):
         if type(format_version) is not int or format_version < 1: raise ValueError(f'AquaticConfig: format_version={format_version!r}, expected {FORMAT_VERSION}')
         if format_version > FORMAT_VERSION:
             raise ValueError(f'AquaticConfig: format_version={format_version}, but this version of aquatic-nb reads up to {FORMAT_VERSION}; install a newer one')
-        if bits is not None: _number('bits', bits, 1, 8)
+        if bits is not None: _number('bits', bits, .25, 16)
         if act_bits is not None: _number('act_bits', act_bits, 2, 8, whole=True)
         _names_of(shared_codebooks or {})
         self.quant_method = AquaticMethod.AQUATIC

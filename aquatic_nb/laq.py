@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'VERSION', 'COLUMNS', 'parse_option', 'option_bytes', 'effective_bits', 'menu', 'layer_kind', 'take',
-           'is_guided', 'split_points', 'epsilon', 'merge_points', 'weights_changed', 'walk_end', 'walk_scale', 'Probe',
-           'row_gains', 'line', 'anchors_of', 'decoded', 'model_mark', 'sensitivity', 'check_table', 'bits_to_bytes',
-           'price', 'allocate', 'dead_layers', 'SingleToken', 'fold_single_token', 'quick_encode', 'additivity',
-           'remeasure', 'by_step', 'plot_heatmap', 'short_name', 'plot_kinds', 'plot_allocation']
+           'latents_of', 'is_guided', 'split_points', 'thinned', 'epsilon', 'merge_points', 'weights_changed',
+           'walk_end', 'walk_scale', 'coarse_weights', 'step_weights', 'Probe', 'timestep_weights', 'row_gains', 'line',
+           'anchors_of', 'decoded', 'model_mark', 'sensitivity', 'check_table', 'bits_to_bytes', 'price', 'allocate',
+           'dead_layers', 'SingleToken', 'fold_single_token', 'quick_encode', 'additivity', 'remeasure', 'by_step',
+           'plot_heatmap', 'short_name', 'plot_kinds', 'plot_allocation']
 
 # %% ../nbs/08_laq.ipynb #b5a2376b
 import copy
@@ -94,11 +95,17 @@ def take(
         return v[index.to(v.device)] if torch.is_tensor(v) and v.dim() and len(v) == n else v
     return {k: part(v) for k, v in inputs.items()}
 
+def latents_of(
+    inputs:dict, # forward inputs of a batch
+)->Tensor:       # the first tensor with more than one dimension
+    "The noisy samples of a batch."
+    return next(v for v in inputs.values() if torch.is_tensor(v) and v.dim() > 1)
+
 def is_guided(
     inputs:dict, # forward inputs of a batch
 )->bool:         # does its second half repeat the latents of the first, with another conditioning?
     "Whether a batch holds both halves of classifier-free guidance."
-    x = next(v for v in inputs.values() if torch.is_tensor(v) and v.dim() == 4)
+    x = latents_of(inputs)
     return len(x) % 2 == 0 and torch.equal(x[:len(x)//2], x[len(x)//2:])
 
 def split_points(
@@ -108,11 +115,26 @@ def split_points(
     "Hold out the last trajectories of a walk for measuring; both halves of a guided batch go together."
     rest, points = [], []
     for b in batches:
-        rows = len(next(v for v in b.values() if torch.is_tensor(v) and v.dim() == 4))
+        rows = len(latents_of(b))
         half = rows//2 if is_guided(b) else rows
         out = torch.arange(rows) % half >= half - min(n, max(1, half//4))
         rest.append(take(b, (~out if half > 1 else out).nonzero().flatten())); points.append(take(b, out.nonzero().flatten()))
     return rest, points
+
+def thinned(
+    batches:list, # dicts of forward inputs, one for each step of a walk
+    most:int,     # samples kept of a step, about
+    whole=False,  # True: the same trajectories at every step
+)->list:          # as many steps; a sample is kept at every k-th step, the next one a step later
+    "Fewer inputs: from as many trajectories, whose neighbouring steps tell nearly the same, or from the first few."
+    out = []
+    for i, b in enumerate(batches):
+        rows = len(latents_of(b))
+        half = rows//2 if is_guided(b) else rows
+        place, k = torch.arange(rows) % half, max(1, round(half/most))
+        keep = place < most if whole else (place + i) % k == 0
+        out.append(b if keep.all() else take(b, keep.nonzero().flatten()))
+    return out
 
 def epsilon(
     unet:nn.Module,       # the denoiser
@@ -197,6 +219,43 @@ def walk_scale(
         if (end - x[:len(end)]).pow(2).mean() <= 1e-6*x.pow(2).mean(): return scale
     return None
 
+# %% ../nbs/08_laq.ipynb #666001be
+def coarse_weights(
+    unet:nn.Module, # the full-precision denoiser
+    bits:int=4,     # of the rounding
+)->dict:            # layer -> [O, N] weights, for `weights_changed`
+    "Every layer rounded row by row: a model with errors like those of a quantized one, made in no time."
+    out = {}
+    for n, m in packable(unet).items():
+        W = m.weight.detach().float().flatten(1)
+        step = (W.abs().amax(1, keepdim=True)/(2**(bits - 1) - .5)).clamp(min=1e-30)
+        out[n] = (W/step).round()*step
+    return out
+
+@torch.no_grad()
+def step_weights(
+    unet:nn.Module,     # the full-precision denoiser
+    points:list,        # recorded forward inputs of a few trajectories, one dict for each step
+    guidance_scale=3.0, # g of the walk
+    scheduler=None,     # of the walk
+    every:int=1,        # look at every so many steps, interpolate the others
+)->np.ndarray|None:     # one number for each step, mean 1; None where the scheduler did not make these points
+    "What a unit of squared error of epsilon is worth at each step, at the end of the walk."
+    with single_thread():
+        scale = walk_scale(unet, points, guidance_scale, scheduler)
+        if scale is None: return None
+        coarse, end, last = coarse_weights(unet), walk_end(unet, points, scale, scheduler), len(points) - 1
+        name, at, found = next(k for k, v in points[0].items() if torch.is_tensor(v) and v.dim() == 4), sorted({*range(0, last, every), last}), []
+        for j in at:
+            true = epsilon(unet, points[j], scale)
+            with weights_changed(unet, coarse): wrong, x = epsilon(unet, points[j], scale), walk_end(unet, points[j:], scale, scheduler, 1)
+            if j < last:
+                follow = points[j + 1] | {name: torch.cat([x]*(len(points[j][name])//len(x)))}
+                x = walk_end(unet, [follow] + points[j + 2:], scale, scheduler)
+            found.append(float((x - end).pow(2).mean()/(wrong - true).pow(2).mean().clamp(min=1e-30)))
+    w = np.exp(np.interp(range(last + 1), at, np.log(np.maximum(found, 1e-30))))
+    return w/w.mean()
+
 # %% ../nbs/08_laq.ipynb #a968f74b
 class Probe:
     "Held-out trajectories with the full-precision answers: measures what a change of weights does."
@@ -204,11 +263,11 @@ class Probe:
         unet:nn.Module,  # the full-precision model
         points:list,     # held-out forward inputs, one dict for each step of the walk
         guidance_scale=3.0, # g
-        scheduler=None,  # diffusers scheduler of the walk; with it, changes can be judged at the end of the walk
+        scheduler=None,  # diffusers scheduler of the walk; with it, each step counts for what it is worth, and `at_end` works
         every:int=1,     # epsilon is looked at on every so many steps
         rows=128,        # rows in one forward pass
     ):
-        self.unet, self.points, self.scale, self.merged = unet, points, guidance_scale, merge_points(points[::every], rows)
+        self.unet, self.points, self.merged = unet, points, merge_points(points[::every], rows)
         self.guided = [is_guided(p) for p, _ in self.merged]
         self.steps = [float(p['timestep'].float().mean()) for p in points[::every]]
         with torch.no_grad(), single_thread():
@@ -216,6 +275,8 @@ class Probe:
             self.scale, self.scheduler = (guidance_scale, None) if scale is None else (scale, scheduler)
             self.truth = self.answers(unet)
             self.end = None if self.scheduler is None else walk_end(unet, points, self.scale, scheduler)
+            self.weights = np.ones(len(points)) if self.scheduler is None else step_weights(unet, points, self.scale, scheduler)
+        self.weights = self.weights[::every]
 
     def answers(self, model): return [epsilon(model, p, self.scale, g) for (p, _), g in zip(self.merged, self.guided)]
 
@@ -236,8 +297,25 @@ class Probe:
         with weights_changed(model, change): return float((walk_end(model, self.points, self.scale, self.scheduler) - self.end).pow(2).mean())
 
     def judge(self, change):
-        "Damage of a change: at the end of the walk where the scheduler is known, else of epsilon."
-        return float(np.mean(self.by_step(change))) if self.scheduler is None else self.at_end(change)
+        "Damage of a change: its mean squared effect on epsilon, each step by what it is worth."
+        return self.mean(self.by_step(change))
+
+    def mean(self, by_step): return float(np.mean(self.weights*by_step))
+
+# %% ../nbs/08_laq.ipynb #721b852c
+def timestep_weights(
+    unet:nn.Module,     # the full-precision denoiser
+    points:list,        # recorded forward inputs of a few trajectories, one dict for each step
+    guidance_scale=3.0, # g of the walk
+    scheduler=None,     # of the walk
+    power:float=1.,     # of the weights, 0 for none
+):                      # function: timesteps [n] -> weights [n] float32, mean 1 over the walk; None where the scheduler did not make these points
+    "`step_weights` at any timestep, by interpolating their logarithms."
+    w = step_weights(unet, points, guidance_scale, scheduler)
+    if w is None: return None
+    at, log = [float(p['timestep'].float().mean()) for p in points][::-1], power*np.log(w[::-1])
+    log -= np.log(np.exp(log).mean())
+    return lambda t: torch.from_numpy(np.exp(np.interp(t.detach().float().cpu().numpy(), at, log))).float()
 
 # %% ../nbs/08_laq.ipynb #ebc9d120
 def row_gains(
@@ -265,13 +343,15 @@ def row_gains(
         hooks = [probe.unet.get_submodule(k).register_forward_hook(watch(k)) for k in names]
         for k, q in probe.unet.named_parameters(): q.requires_grad_(k.endswith('.bias'))
         for r in range(passes):
+            done = 0
             for i, (p, spans) in enumerate(probe.merged):
                 now['guided'] = probe.guided[i]
                 x = {k: (v.clone().requires_grad_() if torch.is_tensor(v) and v.is_floating_point() else v) for k, v in p.items()}
                 with torch.enable_grad(): eps = epsilon(probe.unet, x, probe.scale, probe.guided[i])
-                scale = torch.cat([torch.full((b - a,), 1/(b - a)) for a, b in spans]).sqrt()
+                scale = torch.cat([torch.full((b - a,), w/(b - a)) for (a, b), w in zip(spans, probe.weights[done:])]).sqrt().float()
                 v = torch.randn(eps.shape, generator=generator(seed, 'gain', r, i))*scale.reshape(-1, 1, 1, 1)
                 eps.backward(v.to(eps))
+                done += len(spans)
         size = eps[0].numel()
     finally:
         for h in hooks: h.remove()
@@ -340,32 +420,29 @@ def _layer_estimates(name, module, moments, gains, options, seed, dense_bits):
         elif o.kind == 'uniform': h, c = _errors(W, H, gains, decoded(W, H, o))
         else: h, c = (2**line(effective_bits(o), xs, [log(known[s][i]) for s in anchors]) for i in (0, 1))
         rows.append(dict(layer=name, kind=layer_kind(name), shape='x'.join(map(str, shape)), option=str(o), bytes=option_bytes(o, shape, dense_bits), weights=W.numel(),
-                         h_error=h/base, cheap=c if c > 1e-20 else 0., measured=math.nan, at_end=math.nan, encoded=o in known))
+                         h_error=h/base, cheap=c if c > 1e-20 else 0., measured=math.nan, encoded=o in known))
     return rows, weights
 
 # %% ../nbs/08_laq.ipynb #fcb0c96f
 def _measure(rows, weights, probe, model, steps):
-    "Fill in the measured damage of the encoded options of one layer, and for a middle one the damage at the end of the walk."
-    encoded = sorted((r for r in rows if r['encoded']), key=lambda r: effective_bits(parse_option(r['option'])))
-    for r in encoded:
+    "Fill in the measured damage of the encoded options of one layer."
+    for r in rows:
+        if not r['encoded']: continue
         by_step = probe.by_step({r['layer']: weights[parse_option(r['option'])]}, model)
-        r |= dict(measured=float(np.mean(by_step))) | dict(zip(steps, by_step))
-    r = encoded[len(encoded)//2]
-    if probe.scheduler is not None and r['measured'] > 0: r['at_end'] = probe.at_end({r['layer']: weights[parse_option(r['option'])]}, model)
+        r |= dict(measured=probe.mean(by_step)) | dict(zip(steps, by_step))
 
 def _combine(rows):
-    "The damage column: what was measured, and the cheap estimate bent to agree with it elsewhere; in units of the end of the walk where that is known."
+    "The damage column: what was measured, and the cheap estimate bent to agree with it elsewhere."
     known = sorted((effective_bits(parse_option(r['option'])), r['cheap'], r['measured']) for r in rows if r['measured'] == r['measured'])
-    gain = next((r['at_end']/r['measured'] for r in rows if r['at_end'] == r['at_end']), 1.)
     for r in rows:
         if not known or r['option'] == 'dense': r['damage'] = r['cheap']
-        elif r['measured'] == r['measured']: r['damage'] = gain*r['measured']
+        elif r['measured'] == r['measured']: r['damage'] = r['measured']
         elif max(m for *_, m in known) == 0 or r['cheap'] == 0: r['damage'] = 0.
         else:
             ratio = [(x, math.log2(max(m, 1e-30)/max(c, 1e-30))) for x, c, m in known]
             o = parse_option(r['option'])
             x = ratio[-1][0] if o.kind == 'uniform' else min(max(effective_bits(o), ratio[0][0]), ratio[-1][0])
-            r['damage'] = gain*r['cheap']*2**line(x, *zip(*ratio))
+            r['damage'] = r['cheap']*2**line(x, *zip(*ratio))
     return rows
 
 # %% ../nbs/08_laq.ipynb #6205608a
@@ -411,7 +488,7 @@ def sensitivity(
     names:list=None,      # layers; None: all that can be packed
     held_out:int=4,       # trajectories on which damage is measured
     guidance_scale=3.0,   # g of the epsilon that is judged
-    scheduler=None,       # diffusers scheduler: damage then is that of the sample at the end of the walk; None: of epsilon
+    scheduler=None,       # diffusers scheduler of the walk: the steps of epsilon then count for what they are worth; None: all the same
     work_dir=None,        # keeps finished layers: a killed run goes on
     seed:int=0,           # of everything random
     memory:int=2*2**30,   # bytes for the input moments that are held at once
@@ -656,13 +733,14 @@ def additivity(
     table:pd.DataFrame, # of `sensitivity`
     bits,               # averages to try
     held_out:int=4,     # trajectories on which damage is measured
+    guidance_scale=3.0, # as for `sensitivity`
     scheduler=None,     # as for `sensitivity`
     **options,          # of `quick_encode`
 )->pd.DataFrame:        # bits, predicted and measured damage of the whole allocation
     "Is the damage of all layers together the sum of their damages?"
     check_table(table, unet)
     rest, points = split_points(batches, held_out)
-    probe, rows = Probe(unet, points, scheduler=scheduler), []
+    probe, rows = Probe(unet, points, guidance_scale, scheduler), []
     for b in bits:
         choice = allocate(table, bits_to_bytes(table, b))
         measured = probe.judge(quick_encode(unet, rest, choice, **options))
@@ -676,6 +754,7 @@ def remeasure(
     table:pd.DataFrame, # of `sensitivity`
     choice:dict,        # the allocation around which to measure
     held_out:int=4,     # trajectories on which damage is measured
+    guidance_scale=3.0, # as for `sensitivity`
     scheduler=None,     # as for `sensitivity`
     limit:float=4.,     # a layer's damages change by this factor at most
     **options,          # of `quick_encode`
@@ -683,7 +762,7 @@ def remeasure(
     "A table for the neighbourhood of an allocation: what each layer adds when all the others are quantized too."
     check_table(table, unet)
     rest, points = split_points(batches, held_out)
-    probe, weights = Probe(unet, points, scheduler=scheduler), quick_encode(unet, rest, choice, **options)
+    probe, weights = Probe(unet, points, guidance_scale, scheduler), quick_encode(unet, rest, choice, **options)
     alone = table.set_index(['layer', 'option']).damage
     ratio, whole = {}, probe.judge(weights)
     for n in weights:
