@@ -319,7 +319,6 @@ def input_moments(
     batches:list,             # dicts of forward inputs
     names:list,               # layers wanted
     reference:nn.Module=None, # full-precision model for the cross moment D; None: no D
-    weights:list=None,        # how much each batch counts; None: all the same
     rows_per_input=4,         # rows kept per input dimension
     seed:int=0,               # seed of the subsampling
     workers:int=2,            # threads over batches; the result does not depend on it
@@ -332,8 +331,7 @@ def input_moments(
         i, inputs = item
         before = {} if ref is None else ref.run(inputs, i, len(batches))[0]
         rows, alias = catch.run(inputs, i, len(batches))
-        w = 1. if weights is None else weights[i]
-        return {n: tuple(w*v for v in _products(x, before.get(n))) for n, x in rows.items()}, alias
+        return {n: _products(x, before.get(n)) for n, x in rows.items()}, alias
     sums, alias = {}, {}
     try:
         for part, alias in in_order(one, enumerate(batches), workers):

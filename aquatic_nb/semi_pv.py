@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numba import njit, prange
+from numba import njit
 from torch import Tensor, nn
 
 from .aq import AQTensor, pack_codes, sum_codewords
@@ -61,22 +61,22 @@ def as_groups(
     "`to_groups` without a copy, where that is possible."
     return weight.reshape(len(weight), -1, group_size) if weight[0].numel() % group_size == 0 else to_groups(weight, group_size)
 
-@njit(parallel=True, fastmath=True, cache=True)
+@njit(nogil=True, fastmath=True, cache=True)
 def _gather_loop(codes, books, scales, out):
     "out[o, j] = scales[o] * sum_m books[m, codes[o, j, m]]."
     O, J, M = codes.shape
-    for o in prange(O):
+    for o in range(O):
         for j in range(J):
             for i in range(books.shape[2]):
                 total = np.float32(0.)
                 for m in range(M): total += books[m, codes[o, j, m], i]
                 out[o, j, i] = total*scales[o]
 
-@njit(parallel=True, fastmath=True, cache=True)
+@njit(nogil=True, fastmath=True, cache=True)
 def _scatter_loop(codes, grads, scales, out):
     "out[m, k] = sum of scales[o] * grads[o, j] over the groups with code k."
     O, J, M = codes.shape
-    for m in prange(M):
+    for m in range(M):
         for o in range(O):
             for j in range(J):
                 k = codes[o, j, m]
