@@ -6,11 +6,10 @@
 __all__ = ['app', 'BAD_INPUT', 'NO_MEMORY', 'IO_FAILED', 'INTERRUPTED', 'UsageError', 'SHIPPED', 'Json', 'Force', 'Seed', 'Steps',
            'Guidance', 'NotEnoughMemory', 'say', 'give', 'main', 'Source', 'find_source', 'load_pipeline',
            'free_memory', 'memory_needed', 'check_memory', 'empty_model', 'plan_text', 'quantize', 'run_quantize',
-           'sample_images', 'save_images', 'sample', 'compare', 'evaluate', 'info', 'bench', 'median_seconds',
+           'draw', 'save_images', 'sample', 'judge', 'evaluate', 'info', 'bench', 'time_kernels', 'compare_peers',
            'convert', 'version', 'demo', 'run_demo', 'out_size', 'side_by_side', 'report_text']
 
 # %% ../nbs/18_cli.ipynb #232e2c8f
-import inspect
 import json
 import math
 import shutil
@@ -25,7 +24,7 @@ import torch
 import typer
 
 import aquatic_nb
-from .core import generator, machine, progress, write_atomic
+from .core import generator, machine, write_atomic
 
 # %% ../nbs/18_cli.ipynb #201c2d47
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
@@ -240,35 +239,20 @@ def run_quantize(
     return dict(dst=str(dst), layers=len(import_module('aquatic_nb.layers').packed_layers(model)), bits=round(report['bits'], 4), bits_all_parameters=round(report['bits_all'], 4),
                 file_bytes=size, seconds=round(time.perf_counter() - start, 1))
 
-# %% ../nbs/18_cli.ipynb #614866fb
-def sample_images(
+# %% ../nbs/18_cli.ipynb #e061e9f2
+def draw(
     pipe,           # a pipeline
     n:int,          # how many
-    classes=None,   # labels to go through in turn; None: all there are
     seed:int=0,     # image i depends on (seed, i) only
     steps:int=20,   # denoising steps
     guidance:float=3., # guidance scale, where the pipeline has one
-    batch:int=50,   # images at once
+    classes=None,   # labels to go through in turn; None: all there are
     prompt=None,    # for pipelines that take one
-    desc='sampling',# for the progress bar
-)->torch.Tensor:    # [n, C, H, W] in 0..1, and the labels
-    "Sample from any pipeline that takes class labels, a prompt, or a batch size."
-    takes, out, labels = inspect.signature(pipe.__call__).parameters, [], []
-    bar = progress(total=n, desc=desc)
-    if 'class_labels' in takes:
-        known = getattr(getattr(pipe, 'class_embedding', None), 'config', {}).get('n_classes') or 1000
-        labels = [(classes or range(known))[i % len(classes or range(known))] for i in range(n)]
-    elif 'prompt' in takes and prompt is None: raise ValueError(f'{type(pipe).__name__} needs --prompt')
-    for a in range(0, n, batch):
-        rows = range(a, min(a + batch, n))
-        what = dict(class_labels=[labels[i] for i in rows]) if labels else dict(prompt=[prompt]*len(rows)) if 'prompt' in takes else dict(batch_size=len(rows))
-        if 'guidance_scale' in takes: what['guidance_scale'] = guidance
-        gens = [generator(seed, 'sample', i) for i in rows]
-        images = pipe(**what, generator=gens, num_inference_steps=steps, output_type='np').images
-        out.append(torch.from_numpy(images).permute(0, 3, 1, 2).float())
-        bar.update(len(rows))
-    bar.close()
-    return torch.cat(out), labels
+    desc='sampling',# of the progress bar
+)->tuple:           # (images [n, C, H, W] in 0..1, their labels)
+    "Images and labels, by `bench.sample_images`."
+    bench = import_module('aquatic_nb.bench')
+    return bench.sample_images(pipe, n, steps, guidance, seed, classes=classes, prompt=prompt, desc=desc), bench.labels_of(pipe, n, classes)
 
 # %% ../nbs/18_cli.ipynb #1f43fb6a
 def save_images(
@@ -312,24 +296,24 @@ def sample(
     source = find_source(src)
     if out.exists() and any(out.iterdir()) and not force: raise FileExistsError(f'{str(out)!r} exists and is not empty; give another folder, or --force to write into it')
     start = time.perf_counter()
-    images, labels = sample_images(load_pipeline(source), n, _classes(classes), seed, steps, guidance, prompt=prompt)
+    images, labels = draw(load_pipeline(source), n, seed, steps, guidance, _classes(classes), prompt)
     paths = save_images(images, labels, out)
     give(dict(folder=str(out), images=[o.name for o in paths], labels=labels, seconds=round(time.perf_counter() - start, 2)), as_json, f'{len(paths)} images in {out}')
 
 # %% ../nbs/18_cli.ipynb #99eaaf28
-def compare(
+def judge(
     images, # [n, C, H, W] in 0..1, of the model in question
     labels, # class of each
     reference=None, # images of another model, same seeds and classes
     small=False,    # the shipped classifier knows these classes
-)->dict:            # accuracy, accuracy_reference, psnr_db
+)->dict:            # n, and accuracy, accuracy_reference, psnr_db where they can be had
     "What we can say about images: how often the classifier sees the class that was asked for, and the distance to another model's images."
-    metrics, result = import_module('aquatic_nb.metrics'), dict(n=len(images))
+    compare, result = import_module('aquatic_nb.bench').compare, dict(n=len(images))
     if small:
         classifier = import_module('aquatic_nb.zoo').load_mini_classifier()
-        judge = lambda x: float((torch.cat([classifier(o*2 - 1).argmax(1) for o in x.split(100)]) == torch.tensor(labels)).float().mean())
-        with torch.no_grad(): result.update(accuracy=judge(images), **({'accuracy_reference': judge(reference)} if reference is not None else {}))
-    if reference is not None: result['psnr_db'] = metrics.psnr_of((images - reference).double().square().mean((1, 2, 3)).numpy())
+        for key, x in (('accuracy', images), ('accuracy_reference', reference)):
+            if x is not None: result.update({key: compare(x, None, classifier, labels)['accuracy']})
+    if reference is not None: result['psnr_db'] = compare(images, reference)['psnr']
     return {k: round(v, 4) for k, v in result.items()}
 
 # %% ../nbs/18_cli.ipynb #f274e3fc
@@ -347,11 +331,11 @@ def evaluate(
 ):
     "Measure a model: class accuracy (shipped model), and PSNR against another one at equal seeds. LDM-4 has its own evaluation in Python: aquatic_nb.ldm4."
     sources, found = [find_source(o) for o in (src, against) if o is not None], []
-    for s in sources: found.append(sample_images(load_pipeline(s), n, _classes(classes), seed, steps, guidance, prompt=prompt, desc=s.path.name))
+    for s in sources: found.append(draw(load_pipeline(s), n, seed, steps, guidance, _classes(classes), prompt, s.path.name))
     images, labels = found[0]
     small = tuple(images.shape[1:]) == (1, 32, 32) and bool(labels) and max(labels) < 10
     if not small and against is None: raise ValueError('for this model there is nothing to measure without a reference; give --against, e.g. the dense pipeline')
-    give(compare(images, labels, found[1][0] if len(found) > 1 else None, small), as_json)
+    give(judge(images, labels, found[1][0] if len(found) > 1 else None, small), as_json)
 
 # %% ../nbs/18_cli.ipynb #31f07a51
 @app.command()
@@ -374,16 +358,33 @@ def info(
 # %% ../nbs/18_cli.ipynb #7f041b4e
 @app.command()
 def bench(
-    src:Annotated[str, typer.Argument(help='A packed model or pipeline folder.')], # what to work on
+    src:Annotated[Optional[str], typer.Argument(help='A packed model or pipeline folder; not with --peers.')]=None, # what to work on
+    peers:Annotated[bool, typer.Option('--peers', help="Instead: other packages and ours, side by side on the shipped model. Takes long; absent packages are named. Install them with the extra 'bench'.")]=False, # compare packages
+    only:Annotated[Optional[list[str]], typer.Option(help='With --peers: a row to make, and again for more; all where not given. Rows already in the table stay.')]=None, # rows to make
+    out:Annotated[Path, typer.Option(help='With --peers: folder for peers.csv, peers.md and peers.png.')]=Path('peers'), # folder for the result
+    n:Annotated[int, typer.Option(min=2, help='With --peers: images.')]=256, # images
+    steps:Steps=20, # denoising steps
+    guidance:Guidance=1.5, # guidance scale
     batch:Annotated[int, typer.Option(min=1, help='Images in one call.')]=4, # images in one call
     repeats:Annotated[int, typer.Option(min=1, help='Timed calls; the median counts.')]=5, # timed calls
     threads:Annotated[Optional[int], typer.Option(min=1, help="Threads; torch's choice where not given.")]=None, # of torch
     as_json:Json=False, # result as JSON
 ):
-    "Time one call of the denoiser, dense and with each kernel."
-    source, hub, layers, calib = find_source(src), import_module('aquatic_nb.hub'), import_module('aquatic_nb.layers'), import_module('aquatic_nb.calib')
-    for name in ('cpu', 'cuda'): import_module(f'aquatic_nb.{name}')
+    "Time one call of the denoiser, dense and with each kernel; or, with --peers, compare with other packages."
+    if peers and src is not None: raise ValueError(f'--peers works on the shipped model; leave out {src!r}')
+    if not peers and src is None: raise ValueError('SRC is missing; name a packed model or pipeline, or use --peers')
     if threads: torch.set_num_threads(threads)
+    give(compare_peers(out, only, n, steps, guidance) if peers else time_kernels(src, batch, repeats), as_json)
+
+# %% ../nbs/18_cli.ipynb #a24724f6
+def time_kernels(
+    src:str,     # a packed model or pipeline folder
+    batch:int,   # images in one call
+    repeats:int, # timed calls
+)->dict:         # machine, batch, and median seconds by kernel
+    "One call of the denoiser, dense and with each kernel."
+    source, hub, layers, calib, bench = find_source(src), *(import_module(f'aquatic_nb.{o}') for o in ('hub', 'layers', 'calib', 'bench'))
+    for name in ('cpu', 'cuda'): import_module(f'aquatic_nb.{name}')
     model = hub.load_quantized(source.model_path)
     if not layers.packed_layers(model): raise ValueError(f'{src!r} is not packed; quantize it first')
     shape, cond, name = calib.auto_inputs(model, batch, 0)
@@ -391,23 +392,23 @@ def bench(
     times = {}
     for kernel in ['dense', *sorted(k for k in layers.KERNELS if k != 'dense')]:
         layers.set_kernel(model, kernel)
-        times[kernel] = median_seconds(lambda: model(**call), repeats, kernel)
-    times['unpacked'] = median_seconds(lambda m=hub.dequantize(model): m(**call), repeats, 'unpacked')
-    give(dict(machine=machine(), batch=batch, seconds={k: round(v, 5) for k, v in times.items()}), as_json)
+        times[kernel] = bench.median_seconds(lambda: model(**call), repeats, kernel)
+    times['unpacked'] = bench.median_seconds(lambda m=hub.dequantize(model): m(**call), repeats, 'unpacked')
+    return dict(machine=machine(), batch=batch, seconds={k: round(v, 5) for k, v in times.items()})
 
-# %% ../nbs/18_cli.ipynb #59ae7994
-def median_seconds(
-    call,    # what to time
-    repeats, # timed calls
-    desc='', # for the progress bar
-)->float:    # median seconds, after one call that is not counted
-    "Time a call."
-    seen = []
-    with torch.inference_mode():
-        call()
-        for _ in progress(range(repeats), desc=desc):
-            start = time.perf_counter(); call(); seen.append(time.perf_counter() - start)
-    return sorted(seen)[len(seen)//2]
+def compare_peers(
+    out:Path,         # folder for the result
+    only:list|None,   # rows to make; None: all
+    n:int,            # images
+    steps:int,        # denoising steps
+    guidance:float,   # guidance scale
+)->dict:              # the files, and the rows as JSON takes them
+    "The table, as text too, and its picture."
+    bench = import_module('aquatic_nb.bench')
+    table = bench.run_peers(out/'peers.csv', only or None, n, steps, guidance)
+    write_atomic(out/'peers.md', (bench.peers_text(table) + '\n').encode())
+    bench.plot_peers(table, out/'peers.png')
+    return dict(table=str(out/'peers.csv'), text=str(out/'peers.md'), picture=str(out/'peers.png'), rows=json.loads(table.to_json(orient='records')))
 
 # %% ../nbs/18_cli.ipynb #ea80e86f
 @app.command('convert-ldm4')
@@ -463,15 +464,15 @@ def run_demo(
     pipe.set_progress_bar_config(disable=True)
     dense_ram = sum(p.nbytes for p in pipe.unet.parameters())
     original = out_size(zoo.mini_path('unet'))
-    images, labels = stage('sample full precision', lambda: sample_images(pipe, n, seed=settings['seed'], desc='full precision'))
+    images, labels = stage('sample full precision', lambda: draw(pipe, n, settings['seed'], desc='full precision'))
     stage('quantize', lambda: quant.quantize_unet(pipe.unet, calibration=pipe, work_dir=out/'work', **settings))
     table = quant.quant_report(pipe.unet)
     hub.attach(pipe.unet, bits=settings['bits'], act_bits=settings['act_bits'])
     stage('save', lambda: hub.save_quantized(pipe, out/'model', force=True))
     shutil.rmtree(out/'work', ignore_errors=True)
     packed = stage('load packed', lambda: load_pipeline(Source(out/'model', 'unet')))
-    small, _ = stage('sample quantized', lambda: sample_images(packed, n, seed=settings['seed'], desc='quantized'))
-    found = compare(small, labels, images, small=True)
+    small, _ = stage('sample quantized', lambda: draw(packed, n, settings['seed'], desc='quantized'))
+    found = judge(small, labels, images, small=True)
     result = dict(bits_quantized=round(table.attrs['bits'], 3), bits_all=round(table.attrs['bits_all'], 3), packed_layers=int((table.scheme != 'dense').sum()), dense_layers=int((table.scheme == 'dense').sum()),
                   file_bytes=out_size(out/'model'/'unet'), file_bytes_original=original, ram_bytes=sum(p.nbytes for p in packed.unet.parameters()), ram_bytes_original=dense_ram,
                   images=n, accuracy=found['accuracy'], accuracy_full_precision=found['accuracy_reference'], psnr_db=found['psnr_db'], seconds=seconds, machine=machine(), settings=settings)
