@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from .aq import Scheme, stored_bytes
 from .beam import encode_rows, start
-from .calib import ddim_step, execution_order, in_order, input_moments, single_thread, to_epsilon
+from .calib import advance, execution_order, in_order, input_moments, single_thread
 from .core import generator, progress, write_atomic
 from .kaq import catalogue, natural_group_size, packable
 
@@ -202,7 +202,7 @@ def walk_end(
         out = epsilon(model, point | {name: torch.cat([x]*(1 + guided))}, guidance_scale, guided)
         a = abar.to(x.device)[point['timestep'][:n].long()]
         b = abar.to(x.device)[points[j+1]['timestep'][:n].long()] if j + 1 < len(points) else torch.ones_like(a)
-        x = ddim_step(x, to_epsilon(out, x, a.reshape(-1, 1, 1, 1).to(x), kind), a, b)
+        x = advance(x, out, a, b, kind)
     return x
 
 def walk_scale(
@@ -410,7 +410,8 @@ def _layer_estimates(name, module, moments, gains, options, seed, dense_bits):
     H = None if moments is None else moments.H.to(W.device)
     gains = torch.zeros(len(W)) if gains is None or float(gains.max()) < 1e-15 else gains
     anchors = anchors_of(options)
-    weights = {s: decoded(W, H, s, seed) for s in anchors}
+    try: weights = {s: decoded(W, H, s, seed) for s in anchors}
+    except ValueError: anchors, weights, options = [], {}, ['dense']             # a layer that the schemes can't hold stays as it is
     known = {s: _errors(W, H, gains, w) for s, w in weights.items()}
     xs, log = [effective_bits(s) for s in anchors], lambda v: math.log2(max(v, 1e-30))
     base, rows = max(_errors(W, H, gains, torch.zeros_like(W))[0], 1e-30), []

@@ -28,7 +28,7 @@ from .act import attach_act
 from .calib import calibration_batches, execution_order, in_order, input_moments, single_thread
 from .core import progress as bar, work_lock, write_atomic
 from .kaq import catalogue, natural_group_size, packable, why_dense
-from .laq import allocate, bits_to_bytes, effective_bits, layer_kind, sensitivity, split_points, thinned, timestep_weights
+from .laq import allocate, bits_to_bytes, effective_bits, layer_kind, sensitivity, thinned
 from .layers import AQLayer, from_aq, packed_layers, swap
 from .semi_pv import Teacher, TuneConfig, class_conditions, distill
 
@@ -228,6 +228,7 @@ def encode_model(
     seed:int=0,          # of everything random
     workers:int=2,       # threads
     show=True,           # progress bar
+    spread=None,         # shares the layers of a wave among processes, see `ldm4.Spread`
 )->dict:                 # name -> (AQTensor, info)
     "Encode every layer of a model that has a scheme."
     layers = packable(model)
@@ -237,9 +238,10 @@ def encode_model(
     with bar(total=len(order), desc='encoding layers', disable=not show) as pbar:
         for wave in make_waves(order, layers, memory, n_waves if sequential and batches else 1):
             ready = {n: work.get(n, tuple(layers[n].weight.shape), schemes[n]) for n in wave}
+            if spread is not None: ready = spread.once(lambda: ready)
             todo = [n for n in wave if ready[n] is None]
             moments = input_moments(student, batches, wave, model if sequential else None, seed=seed, workers=workers) if todo and batches else {}
-            made = in_order(lambda n: _encode_one(n, layers[n], moments, schemes[n], options, seed), todo, workers)
+            made = (spread or in_order)(lambda n: _encode_one(n, layers[n], moments, schemes[n], options, seed), todo, workers)
             for n, result in zip(todo, made):
                 work.put(n, *result)
                 ready[n] = result
@@ -284,6 +286,7 @@ def quantize_unet(
     memory:int=4*2**30,      # bytes for the input moments that are held at once
     device=None,             # where to compute; None: where the model is
     workers:int=2,           # threads; the result does not depend on it
+    spread=None,             # `ldm4.Spread`: several processes encode the layers together; the result does not depend on it
     progress:bool=True,      # progress bars
 )->nn.Module:                # the same model, packed, in eval mode
     "Quantize a diffusers model in place to `bits` stored bits a weight."
@@ -298,22 +301,23 @@ def quantize_unet(
                     seed=seed, act_bits=act_bits, tune=str(tune), calibration='none' if calibration is None else type(calibration).__name__, version=1)
     with work_lock(work_dir) if work_dir is not None else nullcontext():
         work = WorkDir(work_dir, fingerprint(layers, settings, calibration if isinstance(calibration, (list, tuple)) else []))
-        _quantize(unet, work, fixed, calibration, tune, dict(settings, laq=laq, sequential=_auto_sequential(unet, sequential)), memory, 1 if next(unet.parameters()).is_cuda else workers, progress)
+        _quantize(unet, work, fixed, calibration, tune, dict(settings, laq=laq, sequential=_auto_sequential(unet, sequential)), memory, 1 if next(unet.parameters()).is_cuda else workers, progress, spread)
     return unet.to(home)
 
 # %% ../nbs/11_quant.ipynb #349cd96c
-def _quantize(unet, work, fixed, calibration, tune, s, memory, workers, show):
+def _quantize(unet, work, fixed, calibration, tune, s, memory, workers, show, spread):
     "The stages of `quantize_unet`, on checked arguments; `s` holds the settings."
     seed, guidance = s['seed'], s['guidance']
+    once = (lambda make: make()) if spread is None else spread.once            # of several processes, one does it for all
     with single_thread():
-        batches = None if calibration is None else calibration_batches(unet, calibration, s['n'], guidance_scale=guidance, seed=seed, show=show)
-    schemes = _choose_schemes(unet, s['bits'], batches, fixed, s['laq'], s['codebook_dtype'], work.path, seed, workers, guidance, getattr(calibration, 'scheduler', None), show)
+        batches = None if calibration is None else once(lambda: calibration_batches(unet, calibration, s['n'], guidance_scale=guidance, seed=seed, show=show))
+    schemes = once(lambda: _choose_schemes(unet, s['bits'], batches, fixed, s['laq'], s['codebook_dtype'], work.path, seed, workers, guidance, getattr(calibration, 'scheduler', None), show))
     few = None if batches is None else thinned(batches, PER_STEP)
-    done = encode_model(unet, schemes, few, work, dict(beam=s['beam'], sweeps=s['sweeps']), s['sequential'], memory, seed=seed, workers=workers, show=show)
+    done = encode_model(unet, schemes, few, work, dict(beam=s['beam'], sweeps=s['sweeps']), s['sequential'], memory, seed=seed, workers=workers, show=show, spread=spread)
     dense = None if tune is None else copy.deepcopy(unet).requires_grad_(False)
     pack(unet, done)
     if s['act_bits'] is not None: attach_act(unet, s['act_bits'], few, seed=seed)
-    if tune is not None: _tune(unet, dense, calibration, tune, batches, guidance, seed, work.path and work.path/'tuning.pt', show)
+    if tune is not None: _tune(unet, dense, calibration, tune, seed, work.path and work.path/'tuning.pt', show)
     importlib.import_module('aquatic_nb.hub').attach(unet, bits=s['bits'])    # a door above this one, asked for only when there is something to save
 
 # %% ../nbs/11_quant.ipynb #14bebd5c
@@ -336,12 +340,11 @@ def pack(
         layer.info = {k: info[k] for k in ('error', 'seconds')}
         swap(model, n, layer)
 
-def _tune(unet, dense, pipe, tune, batches, guidance_scale, seed, checkpoint, show):
-    "Distillation from the dense model, judged on noise that it is not trained on, each timestep counting for what it is worth."
+def _tune(unet, dense, pipe, tune, seed, checkpoint, show):
+    "Distillation from the dense model over a range of guidance, judged on noise that it is not trained on."
     config = tune if isinstance(tune, TuneConfig) else TuneConfig(minutes=tune, seed=seed, bf16=True)
-    teacher, held = (Teacher(dense, pipe.scheduler, class_conditions(pipe), n_walks=n, guidance_scale=guidance_scale, seed=s) for n, s in ((12, 2*seed), (1, 2*seed + 1)))
-    weights = timestep_weights(dense, split_points(batches)[1], guidance_scale, pipe.scheduler)
-    distill(unet, teacher, config, held=held, weights=weights, checkpoint=checkpoint, show=show)
+    teacher, held = (Teacher(dense, pipe.scheduler, class_conditions(pipe), n_walks=n, guidance_scale=(1., 4.), seed=s) for n, s in ((8 if (config.minutes or 9) < 4 else 16, 2*seed), (1, 2*seed + 1)))
+    distill(unet, teacher, config, held=held, checkpoint=checkpoint, show=show)
 
 # %% ../nbs/11_quant.ipynb #6742548e
 def quant_report(

@@ -429,9 +429,10 @@ def class_conditions(
 def guided(
     cond:Tensor,      # [n, C, H, W] output with the condition
     null:Tensor|None, # the same without; None: no guidance
-    scale:float,      # guidance scale g
+    scale,            # guidance scale g, or [n] of them
 )->Tensor:            # [n, C, H, W]
     "Classifier-free guidance."
+    if torch.is_tensor(scale): scale = scale.to(cond).reshape(-1, *[1]*(cond.dim() - 1))
     return cond if null is None else null + scale*(cond - null)
 
 def predict(
@@ -456,9 +457,9 @@ def teacher_walk(
     null:dict|None,  # unconditional half, or None
     steps:int=20,    # DDIM steps
     eta:float=0.,    # share of fresh noise
-    guidance_scale:float=1.5, # of the walk
+    guidance_scale=1.5, # of the walk; or [n], one for each sample
     gen=None,        # torch.Generator
-)->dict:             # x, cond_out, null_out: [steps, n, C, H, W] fp16; t: [steps, n]; conditioning
+)->dict:             # x, cond_out, null_out: [steps, n, C, H, W] fp16; t: [steps, n]; scale: [n]; conditioning
     "One batch of trajectories: what the student will be shown, and what it should answer."
     n, abar = len(next(iter(cond.values()))), scheduler.alphas_cumprod
     x, ts = torch.randn((n, *shape), generator=gen), shifted_timesteps(n, steps, len(abar), gen)
@@ -475,7 +476,7 @@ def teacher_walk(
             x0 = (x - (1 - a).sqrt().reshape(wide)*eps)/a.sqrt().reshape(wide)
             x = b.sqrt().reshape(wide)*x0 + (1 - b.reshape(wide) - sigma**2).clamp(min=0).sqrt()*eps + sigma*torch.randn(x.shape, generator=gen)
     stack = {k: None if v[0] is None else torch.stack(v) for k, v in kept.items()}
-    return stack | dict(t=ts, cond=cond, null=null)
+    return stack | dict(t=ts, cond=cond, null=null, scale=torch.as_tensor(guidance_scale, dtype=torch.float32).expand(n).clone())
 
 # %% ../nbs/10_semi_pv.ipynb #e25dc2b9
 class Teacher:
@@ -488,7 +489,7 @@ class Teacher:
         batch:int=32,     # trajectories in a walk
         steps:int=20,     # steps of a walk
         eta:float=0.,     # DDIM's share of fresh noise
-        guidance_scale:float=1.5, # of walk and loss
+        guidance_scale=1.5, # of walk and loss; a pair (low, high): evenly drawn, one for each trajectory
         seed:int=0,       # of noise, classes and offsets
         folder=None,      # keep walks on disk here; None: in memory
         limit_mb:float=1024., # most that is kept; further walks are made anew when needed
@@ -499,7 +500,7 @@ class Teacher:
         self.shape = (model.config.in_channels, *((size, size) if isinstance(size, int) else size))
         self.folder, self.kept = None if folder is None else Path(folder), {}
         self.room = int(limit_mb*1e6/(6*math.prod(self.shape)*batch*steps))        # walks that fit
-        self.key = dict(seed=seed, batch=batch, steps=steps, eta=eta, guidance_scale=guidance_scale, shape=list(self.shape), model=self.fingerprint())
+        self.key = dict(seed=seed, batch=batch, steps=steps, eta=eta, guidance_scale=list(guidance_scale) if isinstance(guidance_scale, (tuple, list)) else guidance_scale, shape=list(self.shape), model=self.fingerprint())
 
     @torch.no_grad()
     def fingerprint(self)->str:
@@ -509,8 +510,16 @@ class Teacher:
     def make(self, i):
         gen = generator(self.seed, 'teacher', i)
         cond, null = self.draw(self.batch, gen)
-        if self.guidance_scale == 1: null = None
-        return teacher_walk(self.model, self.scheduler, self.shape, cond, null, self.steps, self.eta, self.guidance_scale, gen)
+        scale = self.guidance_scale
+        if isinstance(scale, (tuple, list)): scale = scale[0] + (scale[1] - scale[0])*torch.rand(self.batch, generator=gen)
+        elif scale == 1: null = None
+        return teacher_walk(self.model, self.scheduler, self.shape, cond, null, self.steps, self.eta, scale, gen)
+
+    def fill(self, show=True)->float:
+        "Make all walks that there is room for; returns the seconds that it took."
+        start = time.perf_counter()
+        for i in progress(range(min(self.n_walks, self.room)), desc="the teacher's walks", disable=not show): self.walk(i)
+        return time.perf_counter() - start
 
     def walk(self, i:int)->dict:
         "Trajectory batch i of the pool."
@@ -539,7 +548,7 @@ Teacher.from_disk = _from_disk
 def _take(w, j, s):
     "Entries (steps j, samples s) of a walk."
     part = lambda d: None if d is None else {k: v[s] for k, v in d.items()}
-    return dict(x=w['x'][j, s].float(), t=w['t'][j, s], cond=part(w['cond']), null=part(w['null']),
+    return dict(x=w['x'][j, s].float(), t=w['t'][j, s], scale=w['scale'][s], cond=part(w['cond']), null=part(w['null']),
                 cond_out=w['cond_out'][j, s].float(), null_out=None if w['null_out'] is None else w['null_out'][j, s].float())
 
 def _join(parts):
@@ -577,7 +586,6 @@ def iid_batch(
 def distillation_loss(
     student:nn.Module, # the model in training
     b:dict,            # a batch
-    scale:float,       # guidance scale
     weights=None,      # function of t [n] -> [n]
     autocast=None,     # torch.bfloat16 to compute in bfloat16
 )->Tensor:             # scalar
@@ -586,7 +594,7 @@ def distillation_loss(
     put = lambda o: {k: v.to(p.device) for k, v in o.items()} if isinstance(o, dict) else None if o is None else o.to(p.device)
     with torch.autocast(p.device.type, autocast or torch.bfloat16, enabled=autocast is not None):
         out = predict(student, put(b['x']), put(b['t']), put(b['cond']), put(b['null']))
-    diff = guided(*(None if o is None else o.float() for o in out), scale) - put(guided(b['cond_out'], b['null_out'], scale))
+    diff = guided(*(None if o is None else o.float() for o in out), b['scale']) - put(guided(b['cond_out'], b['null_out'], b['scale']))
     each = diff.square().flatten(1).mean(1)
     return each.mean() if weights is None else (each*weights(b['t']).to(each.device)).mean()
 
@@ -605,7 +613,7 @@ def held_out_loss(
     for j in range(0, k, max(1, 64//per)):
         steps = range(j, min(k, j + max(1, 64//per)))
         b = _join([_take(teacher.walk(0), i, torch.arange(per)) for i in steps])
-        total += distillation_loss(student, b, teacher.guidance_scale, weights, autocast).item()*len(steps)
+        total += distillation_loss(student, b, weights, autocast).item()*len(steps)
     student.train(mode)
     return total/k
 
@@ -651,7 +659,6 @@ def lr_factor(
 def blame(
     student:nn.Module, # the model in training
     batch:dict,        # from `walk_batch` or `iid_batch`
-    scale:float,       # guidance scale of the loss
 )->str:                # for an error message
     "Name of the first layer whose parameters or output are not finite."
     for n, p in student.named_parameters():
@@ -660,7 +667,7 @@ def blame(
     def look(name): return lambda m, a, out: found.append(name) if torch.is_tensor(out) and not torch.isfinite(out).all() and not found else None
     handles = [m.register_forward_hook(look(n)) for n, m in student.named_modules() if n]
     try:
-        with torch.no_grad(): distillation_loss(student, batch, scale)
+        with torch.no_grad(): distillation_loss(student, batch)
     finally:
         for h in handles: h.remove()
     return f'output of layer {found[0]!r}' if found else 'the loss only (the layers are finite in float32)'
@@ -781,9 +788,9 @@ def _train_step(self)->dict:
     if self.step and (c.selector == 'A' and batch['restart'] or c.selector == 'random' and lucky): opt.invalidate('A')
     for g in opt.param_groups: g['lr'] = g['base_lr']*lr_factor(self.step, self.total or 10**9, c.warmup)
     opt.zero_grad(set_to_none=True)
-    loss = distillation_loss(self.student, batch, self.teacher.guidance_scale, self.weights, torch.bfloat16 if c.bf16 else None)
+    loss = distillation_loss(self.student, batch, self.weights, torch.bfloat16 if c.bf16 else None)
     if not torch.isfinite(loss):
-        raise FloatingPointError(f'tuning stopped at step {self.step}: the loss is {loss.item()}; first seen in {blame(self.student, batch, self.teacher.guidance_scale)}.'
+        raise FloatingPointError(f'tuning stopped at step {self.step}: the loss is {loss.item()}; first seen in {blame(self.student, batch)}.'
                                  ' The last checkpoint is kept; lower lr or code_lr')
     loss.backward()
     cosine = self.watch() if self.watch else {}
@@ -841,12 +848,13 @@ def distill(
     if weights is not None: run.start = run.measure()
     if checkpoint is not None and Path(checkpoint).exists(): run.load_state_dict(torch.load(checkpoint, weights_only=True))
     save = lambda: write_atomic(checkpoint, lambda p: torch.save(run.state_dict(), p))
+    filled = teacher.fill(show) if run.total is None else 0.
     student.train()
     bar, saved = progress(total=run.total, desc='tuning', disable=not show), time.monotonic()
     bar.update(run.step)
     while run.total is None or run.step < run.total:
         row = run.train_step()
-        if run.total is None and run.step == 6: run.total = bar.total = max(6, int(config.minutes*60*6/run.spent))
+        if run.total is None and run.step == 6: run.total = bar.total = max(6, int((config.minutes*60 - filled)*6/run.spent))
         if run.step % config.held_every == 0: row['held'] = run.measure()
         run.log.append(row)
         bar.update(); bar.set_postfix_str(f"loss {row['loss']:.2e} held {row.get('held', float('nan')):.2e} codes {100*row['changed']:.2f}%")
