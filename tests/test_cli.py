@@ -67,7 +67,7 @@ def test_plan_reads_no_weights(pipe_folder, tmp_path, capsys):
     (['quantize', 'SRC', 'DST', '--bits', '0'], 'bits'), (['quantize', 'SRC', 'DST', '--bits', '9'], 'bits'), (['quantize', 'SRC', 'DST', '--bits', 'nan'], 'bits'), (['quantize', 'SRC', 'DST', '--bits', 'two'], '--bits'),
     (['quantize', 'SRC', 'DST', '--act-bits', '1'], 'act-bits'), (['quantize', 'SRC', 'DST', '--part', 'vae'], 'vae'), (['quantize', 'SRC/model_index.json', 'DST'], 'is a file'),
     (['sample', 'nowhere'], 'does not exist'), (['sample', 'SRC/unet'], 'not a pipeline'), (['sample', 'SRC', '--n', '0'], '--n'), (['sample', 'SRC', '--classes', 'a'], 'numbers'), (['sample', 'SRC', '--out', 'SRC'], 'not empty'),
-    (['evaluate', 'SRC', '--n', '2', '--steps', '1'], '--against'), (['info', 'EMPTY'], 'config.json'), (['bench', 'SRC'], 'not packed'), (['convert-ldm4', 'nowhere.ckpt', 'DST'], 'does not exist'),
+    (['evaluate', 'SRC', '--n', '2', '--steps', '1'], '--against'), (['info', 'EMPTY'], 'config.json'), (['bench', 'SRC'], 'not packed'), (['bench'], 'SRC is missing'), (['bench', 'SRC', '--peers'], 'leave out'), (['bench', '--peers', '--only', 'nothing', '--out', 'DST'], 'no row is called'), (['convert-ldm4', 'nowhere.ckpt', 'DST'], 'does not exist'),
     (['demo', '--out', 'SRC'], 'not empty'), (['nonsense'], 'nonsense'), (['quantize', 'SRC', 'DST', '--nonsense'], 'nonsense')], ids=lambda a: ' '.join(a) if isinstance(a, list) else '')
 def test_bad_input(pipe_folder, tmp_path, capsys, args, says):
     (tmp_path/'empty').mkdir()
