@@ -282,7 +282,7 @@ def refit_codebooks(
     st:State,    # changed in place
     iters:int=8, # conjugate-gradient steps
     ridge=1e-6,  # pulls unused codewords to where they are; relative to the mean curvature
-    enough=1e-3, # stop when a step lowers the loss by less than this fraction
+    enough=3e-4, # stop when a step lowers the loss by less than this fraction
 ):
     "Conjugate gradients on the codebooks for fixed codes; the loss never rises."
     if st.scheme.kind == 'uniform': return
