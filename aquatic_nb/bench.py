@@ -475,7 +475,7 @@ def measure_peer(
     row['minutes'] = (time.process_time() - start)/60
     row |= count_bits(pipe.unet, stored)
     if peer.runs: row['unet_ms'] = unet_ms(other.unet, pipe)
-    images = sample_images(other, len(reference), **sampling)
+    images = reference if other.unet is pipe.unet else sample_images(other, len(reference), **sampling)
     row |= compare(images, reference, load_mini_classifier(), labels_of(pipe, len(images)))
     return row | evaluate_images(images, judge.reference, judge.extractor, ('fd', 'sfd', 'isc')).drop(['images', 'ISC std']).to_dict()
 
