@@ -46,6 +46,7 @@ def ddim_step(
     a, b = abar.reshape(shape).to(x.dtype), abar_next.reshape(shape).to(x.dtype)
     return b.sqrt()*(x - (1 - a).sqrt()*eps)/a.sqrt() + (1 - b).sqrt()*eps
 
+# %% ../nbs/05_calib.ipynb #6df697b1
 def advance(
     x:Tensor,      # [n, C, ...] x_t
     out:Tensor,    # [n, C', ...] the model's output; more channels (a learned variance) or fewer (a mask among the inputs) are allowed
@@ -59,6 +60,7 @@ def advance(
     eps = to_epsilon(out[:, :c], here, abar.reshape(-1, *[1]*(x.dim() - 1)).to(x.dtype), kind)
     return torch.cat([ddim_step(here, eps, abar, abar_next), x[:, c:]], 1)
 
+# %% ../nbs/05_calib.ipynb #1c4f4925
 def shifted_timesteps(
     n:int,              # samples
     steps:int,          # steps of the walk

@@ -1416,6 +1416,7 @@ def why_not_cpu(
     x:Tensor, # its input
 )->str|None:
     "Why no kernel of this notebook can run; None when they can."
+    if torch.compiler.is_compiling(): return 'torch.compile traces the dense path'
     if x.device.type != 'cpu' or layer.scales.device.type != 'cpu': return 'not on the CPU'
     if x.dtype != torch.float32 or layer.compute_dtype != torch.float32: return f'{x.dtype} input and {layer.compute_dtype} layer, float32 needed'
     if torch.is_grad_enabled() and (x.requires_grad or any(q.requires_grad for q in layer.parameters())): return 'gradients are wanted'

@@ -108,6 +108,7 @@ def is_guided(
     x = latents_of(inputs)
     return len(x) % 2 == 0 and torch.equal(x[:len(x)//2], x[len(x)//2:])
 
+# %% ../nbs/08_laq.ipynb #e5b983b9
 def split_points(
     batches:list,   # dicts of forward inputs, one for each step of a walk
     n:int=4,        # trajectories held out; at most a quarter of them (a single one serves both purposes)

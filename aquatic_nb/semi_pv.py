@@ -182,8 +182,8 @@ ROLES = ('codebooks', 'scales', 'dense', 'act', 'codes')
 
 def param_groups(
     model:nn.Module,      # a model with opened layers
-    lr:float=6e-3,        # of codebooks, in units of the parameter
-    code_lr:float=2e-2,   # of the straight-through buffer; 0 freezes the codes
+    lr:float=1e-3,        # of codebooks, in units of the parameter
+    code_lr:float=3e-3,   # of the straight-through buffer; 0 freezes the codes
     betas=(.9, .95),      # Adam's, for continuous parameters
     code_betas=(0., .95), # Adam's, for the straight-through buffer
     lrs:dict=None,        # role -> learning rate, to override single roles
@@ -496,8 +496,7 @@ class Teacher:
     ):
         self.model, self.scheduler, self.draw = model, scheduler, draw
         self.n_walks, self.batch, self.steps, self.eta, self.guidance_scale, self.seed = n_walks, batch, steps, eta, guidance_scale, seed
-        size = model.config.sample_size
-        self.shape = (model.config.in_channels, *((size, size) if isinstance(size, int) else size))
+        self.shape = (model.config.in_channels, *((size, size) if isinstance(size := model.config.sample_size, int) else size))
         self.folder, self.kept = None if folder is None else Path(folder), {}
         self.room = int(limit_mb*1e6/(6*math.prod(self.shape)*batch*steps))        # walks that fit
         self.key = dict(seed=seed, batch=batch, steps=steps, eta=eta, guidance_scale=list(guidance_scale) if isinstance(guidance_scale, (tuple, list)) else guidance_scale, shape=list(self.shape), model=self.fingerprint())
@@ -514,12 +513,6 @@ class Teacher:
         if isinstance(scale, (tuple, list)): scale = scale[0] + (scale[1] - scale[0])*torch.rand(self.batch, generator=gen)
         elif scale == 1: null = None
         return teacher_walk(self.model, self.scheduler, self.shape, cond, null, self.steps, self.eta, scale, gen)
-
-    def fill(self, show=True)->float:
-        "Make all walks that there is room for; returns the seconds that it took."
-        start = time.perf_counter()
-        for i in progress(range(min(self.n_walks, self.room)), desc="the teacher's walks", disable=not show): self.walk(i)
-        return time.perf_counter() - start
 
     def walk(self, i:int)->dict:
         "Trajectory batch i of the pool."
@@ -542,7 +535,13 @@ def _from_disk(self, i):
         raise ValueError(f'teacher cache {path}: made by another model or with other settings; delete the folder or choose another')
     return found['walk']
 
-Teacher.from_disk = _from_disk
+def _fill(self, show=True)->float:
+    "Make all walks that there is room for; returns the seconds that it took."
+    start = time.perf_counter()
+    for i in progress(range(min(self.n_walks, self.room)), desc="the teacher's walks", disable=not show): self.walk(i)
+    return time.perf_counter() - start
+
+Teacher.from_disk, Teacher.fill = _from_disk, _fill
 
 # %% ../nbs/10_semi_pv.ipynb #f940c031
 def _take(w, j, s):
@@ -625,8 +624,8 @@ class TuneConfig:
     minutes:float=None    # time to use
     batch:int=16          # samples of a step (each is run with its class and without)
     mode:str='iid'        # 'walk' or 'iid'
-    lr:float=6e-3         # see `param_groups`
-    code_lr:float=2e-2    # 0: frozen codes
+    lr:float=1e-3         # see `param_groups`
+    code_lr:float=3e-3    # 0: frozen codes
     lrs:dict=None         # learning rates of single roles
     betas:tuple=(.9, .95)
     code_betas:tuple=(0., .95)

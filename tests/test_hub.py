@@ -28,11 +28,6 @@ def same_tensors(a, b):
     assert a.keys() == b.keys()
     for n in a: assert a[n].dtype == b[n].dtype and torch.equal(a[n], b[n]), n
 
-@pytest.fixture(autouse=True)
-def reference_kernel(monkeypatch):
-    "Bits are compared with the reference kernel: the fast ones, which another test may have registered, add in another order."
-    monkeypatch.setenv('AQUATIC_KERNEL', 'dense')
-
 def test_round_trip(packed, saved):
     back = UNet2DConditionModel.from_pretrained(saved)
     assert len(packed_layers(packed)) > 20 and list(packed_layers(back)) == list(packed_layers(packed))
