@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['PUBLISHED', 'CROWD', 'COLUMNS', 'OURS', 'CONFIGS', 'KINDS', 'PLAN_SCHEMES', 'published_rows', 'Protocol',
            'make_labels', 'sample_noise', 'sample_batch', 'shard_path', 'write_npz', 'shard_is_whole', 'sample_shards',
-           'fingerprint', 'claim_folder', 'ranks', 'share', 'feature_shards', 'join_features', 'pair_shards',
-           'join_pairs', 'Judge', 'try_part', 'make_judge', 'measure_model', 'run_record', 'folder_name',
-           'evaluate_models', 'save_run', 'load_run', 'mini_judge', 'quantized_copy', 'model_name', 'evaluate_ldm4',
-           'results_table', 'meta_model', 'example_inputs', 'layer_kind', 'layer_flops', 'model_plan']
+           'fingerprint', 'claim_folder', 'ranks', 'share', 'Spread', 'make_model', 'average_grads', 'distill_ranks',
+           'feature_shards', 'join_features', 'pair_shards', 'join_pairs', 'Judge', 'try_part', 'make_judge',
+           'measure_model', 'run_record', 'folder_name', 'evaluate_models', 'save_run', 'load_run', 'mini_judge',
+           'quantized_copy', 'model_name', 'evaluate_ldm4', 'results_table', 'meta_model', 'example_inputs',
+           'layer_kind', 'layer_flops', 'model_plan']
 
 # %% ../nbs/16_ldm4.ipynb #274edf89
 import atexit
@@ -20,7 +21,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
@@ -30,6 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from .aq import Scheme, stored_bytes
+from .calib import in_order
 from .core import generator, machine, progress, write_atomic
 from .kaq import natural_group_size, packable
 from .metrics import (Extractor, FeatureSet, Reference, bootstrap_ci, class_accuracy, classifier_extractor, evaluate_images, extract, feature_stats,
@@ -225,6 +227,71 @@ def share(
     if isinstance(box[0], RuntimeError): raise box[0]
     return box[0]
 
+# %% ../nbs/16_ldm4.ipynb #0135e5f6
+class Spread:
+    "Layers encoded by several processes, for `quantize_unet(spread=)`."
+    def __init__(self,
+        state, # from `ranks`
+    ): self.state = state
+
+    def once(self, make):
+        "What rank 0 makes, for all."
+        return share(make, self.state)
+
+    def __call__(self, f, names, workers=1):
+        "f(name) for all names in order, each computed by one process; an error anywhere is raised everywhere."
+        from accelerate.utils import gather_object
+        rank, world = self.state.process_index, self.state.num_processes
+        for a in range(0, len(names), world):
+            made = []
+            for n in names[a + rank:a + rank + 1] if rank < len(names) - a else []:
+                try: made = [(*in_order(f, [n], 1), '')]
+                except Exception as e: made = [(None, f'rank {rank}, layer {n!r}: {e}')]
+            for result, error in gather_object(made) if world > 1 else made:
+                if error: raise RuntimeError(error)
+                yield result
+
+# %% ../nbs/16_ldm4.ipynb #ec158404
+def make_model(
+    make:Callable, # function of the pipeline that returns a U-Net; with `make.together` all ranks work on it
+    pipe, # the pipeline
+    state, # from `ranks`
+) -> nn.Module: # on the CPU, equal on all ranks
+    "A model for every rank."
+    if not getattr(make, 'together', False): return share(lambda: make(pipe).cpu(), state)
+    model = make(pipe).cpu()
+    return share(lambda: model, state)
+
+# %% ../nbs/16_ldm4.ipynb #8ba7c690
+def average_grads(
+    tuner, # a `semi_pv.Tuner` after the backward pass
+    state, # from `ranks`
+) -> dict: # nothing for the log
+    "Replace every gradient by its mean over the ranks."
+    from accelerate.utils import reduce
+    grads = [p.grad for g in tuner.optimizer.param_groups for p in g['params'] if p.grad is not None]
+    flat = reduce(torch.cat([g.flatten() for g in grads]), 'mean') if state.num_processes > 1 else None
+    if flat is not None:
+        for g, part in zip(grads, flat.split([g.numel() for g in grads])): g.copy_(part.view_as(g))
+    return {}
+
+def distill_ranks(
+    student:nn.Module, # packed model; changed in place, and equal on all ranks afterwards
+    teacher, # a `semi_pv.Teacher`, the same on all ranks
+    config, # a `semi_pv.TuneConfig` with `steps`; `batch` is that of one rank
+    held=None, # a Teacher with another seed, to choose by
+    show:bool=True, # rank 0 shows its progress
+    **kwargs, # for `semi_pv.distill`
+) -> list: # the log of this rank
+    "Distillation in all processes at once, gradients averaged."
+    from aquatic_nb.semi_pv import distill
+    state = ranks()
+    if config.steps is None: raise ValueError(f'distill_ranks: minutes={config.minutes}, expected steps: processes do not stop together by the clock')
+    if config.selector == 'random': raise ValueError("distill_ranks: selector='random' would reset other moments on every rank; take None, 'A', 'B' or 'C'")
+    student.load_state_dict(share(student.state_dict, state))
+    mine = replace(config, seed=config.seed + 1_000_003*state.process_index)
+    return distill(student, teacher, mine, held, watch=lambda run: average_grads(run, state), show=show and state.is_main_process, **kwargs)
+
 # %% ../nbs/16_ldm4.ipynb #88634b27
 def feature_shards(
     folder, # of one model's image shards
@@ -393,7 +460,7 @@ def evaluate_models(
     for name, make in models.items():
         start, folder = time.time(), out_dir/folder_name(name)
         found = len(list(folder.glob('images-*.npz'))) # from an earlier run
-        pipe.unet = (own if make is None else share(lambda: make(pipe).cpu(), state)).to(state.device).eval()
+        pipe.unet = (own if make is None else make_model(make, pipe, state)).to(state.device).eval()
         ready, key = time.time(), fingerprint(pipe.unet)
         claim_folder(folder, dict(asdict(protocol), model=key, classes=hashlib.sha256(labels.tobytes()).hexdigest()[:16]))
         sample_shards(pipe, labels, folder, protocol, state.process_index, state.num_processes, verbose)
@@ -449,9 +516,12 @@ def quantized_copy(
     "A model maker for `evaluate_models`: a quantized copy of the pipeline's U-Net, calibrated by the pipeline."
     def make(pipe):
         from aquatic_nb.quant import quantize_unet
+        state = ranks()
+        spread = Spread(state) if state.num_processes > 1 else None
         own, pipe.unet = pipe.unet, copy.deepcopy(pipe.unet) # calibration walks the pipeline with the model that is quantized
-        try: return quantize_unet(pipe.unet, bits=bits, act_bits=act_bits, calibration=pipe, work_dir=work_dir, **kwargs)
+        try: return quantize_unet(pipe.unet, bits=bits, act_bits=act_bits, calibration=pipe, work_dir=work_dir if state.is_main_process else None, spread=spread, **kwargs)
         finally: pipe.unet = own
+    make.together = True # all ranks encode layers
     return make
 
 def model_name(
