@@ -84,7 +84,8 @@ def _search_tables(dots, norms, cross, codes, beam, rounds):
                 for l in range(m): new[p, l] = hyp[kept[p, 0], l]
                 new[p, m], hyp_score[p] = kept[p, 1], score[p]
             hyp, new = new, hyp
-        if hyp_score[0] < now - 1e-6*abs(now): best[:] = hyp[0]
+        if hyp_score[0] < now - 1e-6*abs(now):
+            for m in range(M): best[m] = hyp[0, m]
         for r in range(rounds):
             moved = False
             for m in range(M):
