@@ -277,7 +277,7 @@ def in_order(
             for i in items: yield f(i)
         return
     with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        for a in range(0, len(items), 2*workers): yield from pool.map(f, items[a:a + 2*workers])   # chunks bound what waits in memory
+        for a in range(0, len(items), workers): yield from pool.map(f, items[a:a + workers])   # chunks bound what waits in memory
 
 # %% ../nbs/05_calib.ipynb #68d81054
 class _Catch:
@@ -329,6 +329,8 @@ def _products(x, x0):
     if x.dim() == 3: return (xt @ x).mean(0), (away.transpose(-1, -2) @ x).mean(0), math.nan, math.nan, k
     return xt @ x, 0 if x0 is None else away.T @ x, x.sum(0), away.sum(0), k
 
+def _added(old, new): return tuple(a.add_(b) if torch.is_tensor(a) else a + b for a, b in zip(old, new))   # in place: these are the largest things in memory
+
 def input_moments(
     model:nn.Module,          # the model whose inputs are measured (prefix already quantized, or not)
     batches:list,             # dicts of forward inputs
@@ -350,10 +352,10 @@ def input_moments(
     sums, alias = {}, {}
     try:
         for part, alias in in_order(one, enumerate(batches), workers):
-            for n, new in part.items(): sums[n] = tuple(a + b for a, b in zip(sums.get(n, (0,)*5), new))
+            for n, new in part.items(): sums[n] = _added(sums[n], new) if n in sums else new
     finally:
         catch.close()
         if ref is not None: ref.close()
-    mean = lambda v, k: v/k if torch.is_tensor(v) else None
-    found = {n: Moments(h/k, mean(d, k) if reference is not None else None, k, mean(a, k), mean(b, k)) for n, (h, d, a, b, k) in sums.items()}
+    mean = lambda v, k: v.div_(k) if torch.is_tensor(v) else None
+    found = {n: Moments(mean(h, k), mean(d, k) if reference is not None else None, k, mean(a, k), mean(b, k)) for n, (h, d, a, b, k) in sums.items()}
     return {n: found[alias[n]] for n in names if n in alias}

@@ -188,7 +188,7 @@ def quantize(
     part:Annotated[Optional[str], typer.Option(help='Component of the pipeline; unet or transformer where not given.')]=None, # component of the pipeline
     work_dir:Annotated[Optional[Path], typer.Option(help='Keeps finished layers; DST with .work appended where not given.')]=None, # keeps finished layers
     memory:Annotated[float, typer.Option(help='GB for input statistics held at once.')]=4., # GB for input statistics
-    trajectories:Annotated[int, typer.Option(help='Calibration trajectories.')]=24, # calibration trajectories
+    trajectories:Annotated[int, typer.Option(help='Calibration trajectories.')]=64, # calibration trajectories
     seed:Seed=0, # of everything random
     force:Force=False, # replace what is there
     as_json:Json=False, # result as JSON
@@ -439,14 +439,14 @@ def demo(
     bits:Annotated[float, typer.Option(help='Average stored bits a weight.')]=2.2, # stored bits a weight
     act_bits:Annotated[Optional[int], typer.Option(help='Bits of activations.')]=None, # bits of activations
     n:Annotated[Optional[int], typer.Option(min=10, help='Images to measure with; 200, or 2000 with --full.')]=None, # images
-    full:Annotated[bool, typer.Option('--full', help='More images, more calibration, and 10 minutes of tuning.')]=False, # take more time
+    full:Annotated[bool, typer.Option('--full', help='More images, and 15 minutes of tuning instead of 2.')]=False, # take more time
     seed:Seed=0, # of everything random
     force:Force=False, # replace what is there
     as_json:Json=False, # result as JSON
 ):
     "Quantize the shipped model and compare: pictures and a report, in a few minutes on two cores."
     if out.exists() and any(out.iterdir()) and not force: raise FileExistsError(f'{str(out)!r} exists and is not empty; give another folder, or --force')
-    settings = dict(bits=bits, act_bits=act_bits, seed=seed, tune=10. if full else None, n_calibration=48 if full else 24)
+    settings = dict(bits=bits, act_bits=act_bits, seed=seed, tune=15. if full else 2.)
     give(run_demo(out, settings, n or (2000 if full else 200)), as_json)
 
 # %% ../nbs/18_cli.ipynb #efcb82e8

@@ -276,7 +276,7 @@ def quantize_unet(
     laq=True,                # True: layers get what they bear; False: the uniform setting
     beam:int=8,              # partial sums kept in the code search
     sweeps:int=3,            # rounds of codes, codebooks, scales
-    n_calibration:int=64,    # calibration trajectories
+    n_calibration:int=None,  # calibration trajectories; None: 64, for models of more than 100M parameters 16
     guidance_scale=3.0,      # of the calibration walk
     sequential='auto',       # measure inputs behind the quantized prefix; 'auto': up to 100M parameters, or on a GPU
     codebook_dtype='int8',   # 'int8' or 'fp16'
@@ -297,7 +297,7 @@ def quantize_unet(
     home = next(unet.parameters()).device
     if device is not None: unet.to(device)
     unet.eval()
-    settings = dict(bits=bits, overrides=overrides, laq=bool(laq), beam=beam, sweeps=sweeps, n=n_calibration, guidance=guidance_scale, sequential=str(sequential), codebook_dtype=codebook_dtype,
+    settings = dict(bits=bits, overrides=overrides, laq=bool(laq), beam=beam, sweeps=sweeps, n=n_calibration or (64 if sum(p.numel() for p in unet.parameters()) <= 100_000_000 else 16), guidance=guidance_scale, sequential=str(sequential), codebook_dtype=codebook_dtype,
                     seed=seed, act_bits=act_bits, tune=str(tune), calibration='none' if calibration is None else type(calibration).__name__, version=1)
     with work_lock(work_dir) if work_dir is not None else nullcontext():
         work = WorkDir(work_dir, fingerprint(layers, settings, calibration if isinstance(calibration, (list, tuple)) else []))

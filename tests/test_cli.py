@@ -139,7 +139,7 @@ def test_demo(tmp_path, capsys):
     code, out, err = aquatic(capsys, 'demo', '--out', tmp_path/'demo', '--n', 40, '--json')
     assert code == 0, err[-2000:]
     found = json.loads(out)
-    assert found['bits_quantized'] <= 2.2 and found['psnr_db'] > 15 and found['file_bytes'] < found['file_bytes_original']/5
+    assert found['bits_quantized'] <= 2.2 and found['psnr_db'] > 30 and found['file_bytes'] < found['file_bytes_original']/5
     assert {o.name for o in (tmp_path/'demo').iterdir()} == {'model', 'report.md', 'report.csv', 'side_by_side.png'}
     code, out, err = aquatic(capsys, 'sample', tmp_path/'demo'/'model', '--out', tmp_path/'s', '--n', 1, '--steps', 1)
     assert code == 0, err
