@@ -28,7 +28,7 @@ from .act import attach_act
 from .calib import calibration_batches, execution_order, in_order, input_moments, single_thread
 from .core import progress as bar, work_lock, write_atomic
 from .kaq import catalogue, natural_group_size, packable, why_dense
-from .laq import allocate, bits_to_bytes, effective_bits, layer_kind, sensitivity, thinned
+from .laq import allocate, bits_to_bytes, effective_bits, layer_kind, sensitivity, split_points, thinned, timestep_weights
 from .layers import AQLayer, from_aq, packed_layers, swap
 from .semi_pv import Teacher, TuneConfig, class_conditions, distill
 
@@ -317,7 +317,7 @@ def _quantize(unet, work, fixed, calibration, tune, s, memory, workers, show, sp
     dense = None if tune is None else copy.deepcopy(unet).requires_grad_(False)
     pack(unet, done)
     if s['act_bits'] is not None: attach_act(unet, s['act_bits'], few, seed=seed)
-    if tune is not None: _tune(unet, dense, calibration, tune, seed, work.path and work.path/'tuning.pt', show)
+    if tune is not None: _tune(unet, dense, calibration, tune, batches, guidance, seed, work.path and work.path/'tuning.pt', show)
     importlib.import_module('aquatic_nb.hub').attach(unet, bits=s['bits'])    # a door above this one, asked for only when there is something to save
 
 # %% ../nbs/11_quant.ipynb #14bebd5c
@@ -340,11 +340,12 @@ def pack(
         layer.info = {k: info[k] for k in ('error', 'seconds')}
         swap(model, n, layer)
 
-def _tune(unet, dense, pipe, tune, seed, checkpoint, show):
-    "Distillation from the dense model over a range of guidance, judged on noise that it is not trained on."
+def _tune(unet, dense, pipe, tune, batches, guidance_scale, seed, checkpoint, show):
+    "Distillation from the dense model over a range of guidance, judged on noise that it is not trained on; timesteps count by the root of what they are worth."
     config = tune if isinstance(tune, TuneConfig) else TuneConfig(minutes=tune, seed=seed, bf16=True)
     teacher, held = (Teacher(dense, pipe.scheduler, class_conditions(pipe), n_walks=n, guidance_scale=(1., 4.), seed=s) for n, s in ((8 if (config.minutes or 9) < 4 else 16, 2*seed), (1, 2*seed + 1)))
-    distill(unet, teacher, config, held=held, checkpoint=checkpoint, show=show)
+    weights = timestep_weights(dense, split_points(batches)[1], guidance_scale, pipe.scheduler, .5)
+    distill(unet, teacher, config, held=held, weights=weights, checkpoint=checkpoint, show=show)
 
 # %% ../nbs/11_quant.ipynb #6742548e
 def quant_report(

@@ -715,20 +715,20 @@ class UniformTuned(nn.Module):
         super().__init__()
         self.dense, self.bits, self.group = dense, bits, min(group, dense.weight[0].numel())
         g = to_groups(dense.weight.detach(), self.group)
-        lo, hi = g.amin(-1).clamp(max=0), g.amax(-1).clamp(min=0)
+        lo, hi = g.amin(-1), g.amax(-1)
         scale = ((hi - lo)/(2**bits - 1)).clamp(min=1e-8)
         self.group_scale, self.zero = nn.Parameter(scale), nn.Parameter(-lo/scale)
 
     def quantized(self):
-        s, z = self.group_scale.clamp(min=1e-8)[..., None], _through(self.zero).clamp(0, 2**self.bits - 1)[..., None]
-        q = (_through(to_groups(self.dense.weight, self.group)/s) + z).clamp(0, 2**self.bits - 1)
+        s, z = self.group_scale.clamp(min=1e-8)[..., None], self.zero[..., None]
+        q = _through(to_groups(self.dense.weight, self.group)/s + z).clamp(0, 2**self.bits - 1)
         return from_groups((q - z)*s, self.dense.weight.shape)
 
     def forward(self, x):
         w = self.quantized()
         return F.linear(x, w, self.dense.bias) if isinstance(self.dense, nn.Linear) else self.dense._conv_forward(x, w, self.dense.bias)
 
-    def stored_bits(self): return self.bits + (16 + self.bits)/self.group
+    def stored_bits(self): return self.bits + 32/self.group
 
 def straight_through(
     model:nn.Module, # dense model; changed in place
