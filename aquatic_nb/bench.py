@@ -450,7 +450,7 @@ def straight_through_unet(
     unet = straight_through(copy.deepcopy(pipe.unet), bits, group)
     stored = {n: m.stored_bits()*m.dense.weight.numel() for n, m in unet.named_modules() if isinstance(m, UniformTuned)}
     teacher, held = (Teacher(pipe.unet, pipe.scheduler, class_conditions(pipe), n_walks=k, guidance_scale=(1., 4.), seed=s) for k, s in ((16, 0), (1, 1)))
-    distill(unet, teacher, config or replace(TUNED, lr=1e-2, code_lr=0.), held=held, show=False)
+    distill(unet, teacher, config or replace(TUNED, lr=3e-3, code_lr=0.), held=held, show=False)
     return unet.eval(), stored
 
 register_peer('straight-through 2 bit, groups of 64', straight_through_unet, runs=False, note='300 steps')

@@ -139,7 +139,7 @@ def test_pipeline(pipe, tmp_path):
     assert DDIMPipeline.from_pipe(back, torch_dtype=torch.float32).unet.dtype == torch.float32
 
 def test_quantize_while_loading(tmp_path):
-    quant = pytest.importorskip('aquatic_nb.quant')
+    from aquatic_nb import quant
     plain(3).save_pretrained(tmp_path/'dense')
     m = UNet2DModel.from_pretrained(tmp_path/'dense', quantization_config=AquaticConfig(bits=6))
     assert len(packed_layers(m)) > 10 and quant.quant_report(m).attrs['bits'] <= 6
@@ -197,7 +197,7 @@ def test_two_threads(pipe):
 # LoRA
 
 def test_lora(packed):
-    peft = pytest.importorskip('peft')
+    import peft
     m = copy.deepcopy(packed)
     config = hub.lora_config(peft.LoraConfig(r=2, target_modules=['to_q', 'to_v', 'ff.net.2'], init_lora_weights='gaussian'))
     m.add_adapter(config)
