@@ -270,7 +270,7 @@ def quantize_unet(
     unet:nn.Module,          # any diffusers model made of Conv2d and Linear; changed in place
     bits:float=2,            # average stored bits over all conv and linear weights
     *,
-    act_bits:int=None,       # 8, 6 or 4: quantize activations too; None: leave them
+    act_bits:int=None,       # 8, 6 or 4: quantize activations too, but those that conv_in and conv_out take; None: leave them
     calibration='auto',      # list of forward-input dicts, a pipeline that holds the model, 'auto', or None (weight error)
     overrides:dict=None,     # pattern -> 'dense', Scheme, (M, B) or integer bits
     laq=True,                # True: layers get what they bear; False: the uniform setting
@@ -316,7 +316,7 @@ def _quantize(unet, work, fixed, calibration, tune, s, memory, workers, show, sp
     done = encode_model(unet, schemes, few, work, dict(beam=s['beam'], sweeps=s['sweeps']), s['sequential'], memory, seed=seed, workers=workers, show=show, spread=spread)
     dense = None if tune is None else copy.deepcopy(unet).requires_grad_(False)
     pack(unet, done)
-    if s['act_bits'] is not None: attach_act(unet, s['act_bits'], few, seed=seed)
+    if s['act_bits'] is not None: attach_act(unet, s['act_bits'], few, layers=[n for n in packed_layers(unet) if n not in ('conv_in', 'conv_out')], seed=seed)
     if tune is not None: _tune(unet, dense, calibration, tune, batches, guidance, seed, work.path and work.path/'tuning.pt', show)
     importlib.import_module('aquatic_nb.hub').attach(unet, bits=s['bits'])    # a door above this one, asked for only when there is something to save
 

@@ -197,7 +197,7 @@ def test_two_threads(pipe):
 # LoRA
 
 def test_lora(packed):
-    import peft
+    peft = pytest.importorskip('peft')
     m = copy.deepcopy(packed)
     config = hub.lora_config(peft.LoraConfig(r=2, target_modules=['to_q', 'to_v', 'ff.net.2'], init_lora_weights='gaussian'))
     m.add_adapter(config)
