@@ -436,7 +436,7 @@ def version(
 @app.command()
 def demo(
     out:Annotated[Path, typer.Option(help='Folder for the result.')]=Path('demo'), # folder for the result
-    bits:Annotated[float, typer.Option(help='Average stored bits a weight.')]=2.2, # stored bits a weight
+    bits:Annotated[float, typer.Option(help='Average stored bits a weight.')]=2., # stored bits a weight
     act_bits:Annotated[Optional[int], typer.Option(help='Bits of activations.')]=None, # bits of activations
     n:Annotated[Optional[int], typer.Option(min=10, help='Images to measure with; 200, or 2000 with --full.')]=None, # images
     full:Annotated[bool, typer.Option('--full', help='More images, and 15 minutes of tuning instead of 2.')]=False, # take more time
