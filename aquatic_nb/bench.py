@@ -555,8 +555,8 @@ def run_peers(
             row['note'] = f'not measured: {peer.package} is not installed'
         else:
             try: row |= measure_peer(peer, pipe, reference, judge, **sampling)
-            except (ImportError, RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError) as e: row['note'] = f'failed: {type(e).__name__}: {str(e).splitlines()[0][:120] if str(e) else ""}'
-        order = {o.name: i for i, o in enumerate(rows)}
+            except (ImportError, RuntimeError, ValueError, TypeError, AttributeError) as e: row['note'] = f'failed: {type(e).__name__}: {str(e).splitlines()[0][:120] if str(e) else ""}'
+        order, table = {o.name: i for i, o in enumerate(rows)}, read_peers(path, command)     # another run may have added rows meanwhile
         table = pd.DataFrame([*table[table.method != peer.name].to_dict('records'), row], columns=COLUMNS).sort_values('method', key=lambda s: s.map(order), kind='stable', ignore_index=True)
         write_peers(path, table, command)
     return table

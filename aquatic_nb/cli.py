@@ -188,7 +188,7 @@ def quantize(
     part:Annotated[Optional[str], typer.Option(help='Component of the pipeline; unet or transformer where not given.')]=None, # component of the pipeline
     work_dir:Annotated[Optional[Path], typer.Option(help='Keeps finished layers; DST with .work appended where not given.')]=None, # keeps finished layers
     memory:Annotated[float, typer.Option(help='GB for input statistics held at once.')]=4., # GB for input statistics
-    trajectories:Annotated[int, typer.Option(help='Calibration trajectories.')]=64, # calibration trajectories
+    trajectories:Annotated[Optional[int], typer.Option(help='Calibration trajectories; 64, or 16 for a model of more than 100M parameters.')]=None, # calibration trajectories
     seed:Seed=0, # of everything random
     force:Force=False, # replace what is there
     as_json:Json=False, # result as JSON

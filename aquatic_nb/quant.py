@@ -298,7 +298,7 @@ def quantize_unet(
     if device is not None: unet.to(device)
     unet.eval()
     settings = dict(bits=bits, overrides=overrides, laq=bool(laq), beam=beam, sweeps=sweeps, n=n_calibration or (64 if sum(p.numel() for p in unet.parameters()) <= 100_000_000 else 16), guidance=guidance_scale, sequential=str(sequential), codebook_dtype=codebook_dtype,
-                    seed=seed, act_bits=act_bits, tune=str(tune), calibration='none' if calibration is None else type(calibration).__name__, version=1)
+                    seed=seed, act_bits=act_bits, tune=str(tune), calibration='none' if calibration is None else type(calibration).__name__, version=2)
     with work_lock(work_dir) if work_dir is not None else nullcontext():
         work = WorkDir(work_dir, fingerprint(layers, settings, calibration if isinstance(calibration, (list, tuple)) else []))
         _quantize(unet, work, fixed, calibration, tune, dict(settings, laq=laq, sequential=_auto_sequential(unet, sequential)), memory, 1 if next(unet.parameters()).is_cuda else workers, progress, spread)
