@@ -42,6 +42,15 @@ def pack_layer(module, bits=6, M=2, dtype='fp16', seed=0):
         books, scale = (books/unit).round().clamp(-127, 127).to(torch.int8), scale*unit
     return from_aq(module, AQTensor(codes.reshape(*groups.shape[:2], M).short(), books if dtype == 'int8' else books.half(), scale.half(), w.shape, scheme))
 
+def class_pipe(seed=0):
+    "A class-conditional pipeline, the smallest that can be tuned."
+    from diffusers import AutoencoderKL
+    from aquatic_nb.zoo import ClassConditionalLDMPipeline, ClassEmbedding, ldm_scheduler
+    unet = fill(UNet2DConditionModel(sample_size=4, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(8,), norm_num_groups=4, mid_block_type='UNetMidBlock2DCrossAttn',
+        down_block_types=('DownBlock2D',), up_block_types=('UpBlock2D',), cross_attention_dim=8, attention_head_dim=4), seed)
+    vae = fill(AutoencoderKL(latent_channels=4, block_out_channels=(4,), norm_num_groups=2, sample_size=4), seed)
+    return ClassConditionalLDMPipeline(unet, vae, fill(ClassEmbedding(5, 8), seed), ldm_scheduler())
+
 KINDS = [(4, 'fp16'), (8, 'int8'), (9, 'fp16'), (5, 'uniform'), (3, 'int8'), (8, 'uniform')] # every layout of the planes, both codebook dtypes, none
 
 def pack_model(model, shared=True, **kw):
