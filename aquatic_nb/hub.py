@@ -7,9 +7,10 @@ __all__ = ['FORMAT_VERSION', 'CHECKSUMS', 'DTYPES', 'checksum', 'entry_checksum'
            'file_tensors', 'AquaticMethod', 'AquaticConfig', 'read_header', 'StoredModel', 'stored_scheme',
            'empty_layer', 'stored_act', 'lay_out', 'check_tensors', 'check_values', 'pack_loaded', 'AquaticQuantizer',
            'attach', 'dense_layers', 'dequantize', 'model_class', 'weight_files', 'load_quantized', 'save_quantized',
-           'lora_config']
+           'lora_config', 'teach_peft']
 
 # %% ../nbs/14_hub.ipynb #4fab6a7b
+import aquatic_nb.core # noqa: F401  before diffusers, which wants torchvision's operators
 import importlib
 import json
 import math
@@ -18,6 +19,7 @@ import shutil
 import struct
 import zlib
 from enum import Enum
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -29,7 +31,7 @@ from torch import Tensor, nn
 
 from .act import ActQuant, bind_timestep, skip_splits
 from .aq import AQTensor, Scheme, n_groups
-from .core import work_lock
+from .core import when_imported, work_lock
 from .layers import AQConv2d, AQLayer, AQLinear, from_aq, packed_layers, swap
 
 # %% ../nbs/14_hub.ipynb #0b36dc9e
@@ -386,6 +388,8 @@ class AquaticQuantizer(DiffusersQuantizer):
 
     def get_state_dict_and_metadata(self, state_dict, safe_serialization=False):
         if not safe_serialization: raise ValueError('safe_serialization=False: packed models are not pickled; save with safe_serialization=True')
+        worn = next((n for n in state_dict if '.base_layer.' in n), None)
+        if worn: raise ValueError(f'{worn.split(".base_layer.")[0]!r} wears an adapter; save that with save_lora_adapter, and call delete_adapters before the model is saved')
         return file_tensors(state_dict, self.quantization_config.to_dict()), {}
 
     def _dequantize(self, model): return dense_layers(model)
@@ -513,13 +517,35 @@ def save_quantized(
 # %% ../nbs/14_hub.ipynb #ee11b2a7
 _MERGE_FIRST = 'merge it into the dense model (hub.dequantize gives one) and quantize that'
 
-def _no_merge(self, *args, **kwargs): raise ValueError(f'merge: a packed layer cannot take in an adapter; keep it as an adapter, or {_MERGE_FIRST}')
 def _no_conv(base, *args, **kwargs): raise ValueError(f'LoRA on a packed convolution ({base}) is not possible; name linear layers in target_modules (to_q, to_k, to_v, ...), or {_MERGE_FIRST}')
+
+@cache
+def _adapters():
+    "What peft puts around a packed layer of each type."
+    from peft.tuners import lora # optional
+    class PackedLinear(lora.Linear):
+        "A linear layer's adapter, which stays one while the layer is packed."
+        def merge(self, *args, **kwargs):
+            if isinstance(self.get_base_layer(), AQLayer): raise ValueError(f'merge: a packed layer cannot take in an adapter; keep it as an adapter, or {_MERGE_FIRST}')
+            super().merge(*args, **kwargs)
+    return {AQLinear: PackedLinear, AQConv2d: _no_conv}
 
 def lora_config(
     config, # a `peft.LoraConfig`
 ):          # the same, which now knows packed layers
     "Let peft put adapters around packed linear layers; ValueError (when they are added) for packed convolutions."
-    from peft.tuners import lora # optional
-    config._register_custom_module({AQLinear: type('PackedLinear', (lora.Linear,), dict(merge=_no_merge)), AQConv2d: _no_conv})
+    config._register_custom_module(_adapters())
     return config
+
+# %% ../nbs/14_hub.ipynb #c7064dbd
+def teach_peft(
+    module, # `peft.tuners.lora.model`
+):
+    "Let peft know packed layers, whoever makes the `LoraConfig`."
+    create = module.LoraModel._create_new_module
+    def ours(config, adapter_name, target, **kwargs):
+        base = target.get_base_layer() if hasattr(target, 'get_base_layer') else target
+        return create(lora_config(config) if isinstance(base, AQLayer) else config, adapter_name, target, **kwargs)
+    module.LoraModel._create_new_module = staticmethod(ours)
+
+when_imported('peft.tuners.lora.model', teach_peft)

@@ -196,25 +196,49 @@ def test_two_threads(pipe):
 
 # LoRA
 
-def test_lora(packed):
-    peft = pytest.importorskip('peft')
+@pytest.fixture(scope='module')
+def peft(): return pytest.importorskip('peft') # in the development set
+
+def wake(model):
+    "Adapters begin at zero; these do something."
+    with torch.no_grad():
+        for n, p in model.named_parameters():
+            if 'lora_B' in n: p.add_(.1)
+
+def test_lora(packed, peft):
     m = copy.deepcopy(packed)
-    config = hub.lora_config(peft.LoraConfig(r=2, target_modules=['to_q', 'to_v', 'ff.net.2'], init_lora_weights='gaussian'))
-    m.add_adapter(config)
-    assert torch.equal(run(m), run(packed)) # B starts at zero
+    m.add_adapter(peft.LoraConfig(r=2, target_modules=['to_q', 'to_v', 'ff.net.2'], init_lora_weights='gaussian'))
+    assert torch.equal(run(m), run(packed))
     trainable = [n for n, p in m.named_parameters() if p.requires_grad]
     assert trainable and all('lora_' in n for n in trainable)
     m(X, 7, C).sample.square().mean().backward()
     grads = [p.grad for n, p in m.named_parameters() if 'lora_B' in n]
     assert all(g is not None for g in grads) and any(g.abs().sum() > 0 for g in grads)
-    with torch.no_grad():
-        for n, p in m.named_parameters():
-            if 'lora_B' in n: p.add_(.1)
+    wake(m)
     assert not torch.equal(run(m), run(packed))
-    with pytest.raises(ValueError, match='cannot take in an adapter'): m.fuse_lora()
+    with pytest.raises(ValueError, match='cannot take in an adapter.*dequantize'): m.fuse_lora()
     m.delete_adapters('default')
-    with pytest.raises(ValueError, match='packed convolution'): m.add_adapter(hub.lora_config(peft.LoraConfig(r=2, target_modules=['conv1'])), 'other')
+    with pytest.raises(ValueError, match='packed convolution.*merge it into the dense model'): m.add_adapter(peft.LoraConfig(r=2, target_modules=['conv1']), 'other')
     assert torch.equal(run(m), run(packed))
+    hub.lora_config(peft.LoraConfig(r=2, target_modules=['to_q'])) # by hand, where peft is not asked through diffusers
+
+def test_lora_is_loaded_saved_and_merged(packed, peft, tmp_path):
+    dense = conditional()
+    dense.add_adapter(peft.LoraConfig(r=2, target_modules=['to_q', 'to_out.0'], init_lora_weights='gaussian'))
+    wake(dense)
+    dense.save_lora_adapter(tmp_path/'lora') # trained on the dense model
+    m = copy.deepcopy(packed)
+    m.load_lora_adapter(tmp_path/'lora', prefix=None, use_safetensors=True)
+    worn = run(m)
+    assert not torch.equal(worn, run(packed))
+    with pytest.raises(ValueError, match='wears an adapter.*save_lora_adapter'): m.save_pretrained(tmp_path/'m')
+    m.save_lora_adapter(tmp_path/'again', adapter_name=next(iter(m.peft_config)))
+    back = copy.deepcopy(packed)
+    back.load_lora_adapter(tmp_path/'again', prefix=None, use_safetensors=True)
+    assert torch.equal(run(back), worn)
+    dequantize(m) # then it is an adapter as any other
+    m.fuse_lora(); m.unload_lora()
+    assert torch.allclose(run(m), worn, atol=1e-4) and not any('lora' in n or 'base_layer' in n for n in m.state_dict())
 
 # what can go wrong while saving
 
