@@ -4,7 +4,7 @@ With Quarto on PATH `nbdev_docs` renders; without it smalldocs does, from the sa
 each documented symbol gets a table of its parameters, its source folds out below, formulas use the KaTeX kept in tools/katex, and every page,
 link and anchor is checked afterwards.
 """
-import ast, importlib, inspect, json, os, posixpath, re, shutil, sys
+import ast, importlib, inspect, json, os, posixpath, re, shutil, sys, textwrap, types, typing
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -67,14 +67,56 @@ def cell_text(o):
 
 def code(o):
     "A type or default in code font; nothing for nothing."
-    if o is None or getattr(o, '__name__', '') == '_empty': return ''
+    if o in (None, type(None)) or getattr(o, '__name__', '') == '_empty': return ''
+    if typing.get_origin(o) is typing.Annotated: o = o.__origin__
     name = o if isinstance(o, str) else o.__name__ if isinstance(o, type) and not hasattr(o, '__args__') else str(o)
     name = re.sub(r'^<(?:function|class) \W*([\w.]+).*', r'\1', name)
-    name = re.sub(r'\b(?:typing|torch|collections\.abc|aquatic_nb\.\w+)\.(?=[A-Z])', '', name)
+    name = re.sub(r'\bOptional\[([\w.]+)\]', r'\1 | None', name.replace('typing.', ''))
+    name = re.sub(r'\b(?:pathlib|torch|collections\.abc|aquatic_nb\.\w+)\.(?=[A-Z])', '', name)
     return f'`{cell_text(name)}`'
 
+def meaning(d):
+    "What the comment behind a parameter says, or the help of a command line's option."
+    said = d.get('docment')
+    if said is None or getattr(said, '__name__', '') == '_empty': said = next((o.help for o in getattr(d.get('anno'), '__metadata__', ()) if getattr(o, 'help', None)), '')
+    return cell_text(said)
+
+def message(node):
+    "The text of an error as its source has it: names of values in angle marks, other expressions as dots."
+    match node:
+        case ast.Constant(value=str(text)): return text
+        case ast.JoinedStr(values=parts): return ''.join(message(o) for o in parts)
+        case ast.FormattedValue(value=ast.Name(id=name)): return f'‹{name}›'
+        case ast.BinOp(left=left, op=ast.Add(), right=right): return message(left) + message(right)
+        case ast.IfExp(body=body): return message(body)
+    return '…'
+
+def source_tree(sym):
+    "Syntax tree of a function or class; None where there is no source."
+    try: return ast.parse(textwrap.dedent(inspect.getsource(sym)))
+    except (OSError, TypeError, SyntaxError): return None
+
+def errors(sym):
+    "(type, message) of what a function or class raises, by itself or through the checks of its module that it calls."
+    tree, found = source_tree(sym), {}
+    if tree is None: return []
+    around = vars(sys.modules.get(getattr(sym, '__module__', None)) or types)
+    called = [around.get(o.func.id) for o in ast.walk(tree) if isinstance(o, ast.Call) and isinstance(o.func, ast.Name) and re.match('_|check', o.func.id)]
+    checks = [source_tree(o) for o in dict.fromkeys(called) if isinstance(o, types.FunctionType) and o is not sym]
+    for o in (o for t in (tree, *checks) if t for o in ast.walk(t)):
+        match o:
+            case ast.Raise(exc=ast.Call(func=ast.Name(id=kind), args=[first, *_])) if kind.endswith('Error') and kind != 'AssertionError': found[kind, message(first)] = None
+    return [o for o in found if o[1].strip('…‹›: ')]
+
+def error_rows(sym, most=6):
+    "Rows of the parameter table for the errors; the first few where there are many."
+    plain = lambda text: re.sub(r'([\\*_`$\[\]<>~^])', r'\\\1', cell_text(text)).replace('\\\\|', '\\|')
+    found = errors(sym)
+    rows = [['*raises*', code(kind), '', plain(text)] for kind, text in found[:most]]
+    return rows + [['*raises*', '', '', f'and {len(found)-most} more, see the source']] * (len(found) > most)
+
 def param_table(sym):
-    "Name, type, default and meaning of each parameter, and of what comes back, as a markdown table; '' for nothing to tell."
+    "Name, type, default and meaning of each parameter, what comes back and what is raised, as a markdown table; '' for nothing to tell."
     try: table = DocmentTbl(sym)
     except (TypeError, ValueError): return ''
     said = lambda o: '' if getattr(o, '__name__', '') == '_empty' or o is None else cell_text(o)
@@ -84,14 +126,24 @@ def param_table(sym):
         if name not in shown or d is None: continue
         default = d.get('default')
         given = getattr(default, '__name__', '') != '_empty'
-        rows.append([f'**{cell_text(shown[name]).replace("*", chr(92)+"*")}**', code(d.get('anno')), code(repr(default) if not callable(default) else default) if given else '', said(d.get('docment'))])
+        rows.append([f'**{cell_text(shown[name]).replace("*", chr(92)+"*")}**', kind(sym, name, d), code(repr(default) if not callable(default) else default) if given else '', meaning(d)])
     ret = table.dm.get('return', {}) if table.returns else {}
     if any(said(ret.get(k)) for k in ('anno', 'docment')): rows.append(['*returns*', code(ret.get('anno')), '', said(ret.get('docment'))])
+    rows += error_rows(sym)
     if not rows: return ''
-    lines = ['| | type | default | |', '|---|---|---|---|'] + [f"| {' | '.join(r)} |" for r in rows]
+    head = ['', 'type', 'default', '']
+    kept = [i for i in range(4) if not i or any(r[i] for r in rows)] # no empty columns
+    lines = [f"| {' | '.join(r[i] for i in kept)} |" for r in (head, ['---']*4, *rows)]
     return '::: {.params}\n\n' + '\n'.join(lines) + '\n\n:::\n'
 
 def star(p): return {p.VAR_POSITIONAL: '*', p.VAR_KEYWORD: '**'}.get(p.kind, '')
+
+def kind(sym, name, d):
+    "A parameter's type: as annotated, else that of a number or flag it defaults to. The type of None or of 'auto' would mislead."
+    try: p = inspect.signature(sym).parameters.get(name)
+    except (TypeError, ValueError): p = None
+    known = p is None or p.annotation is not p.empty or isinstance(p.default, (bool, int, float))
+    return code(d.get('anno')) if known else ''
 
 def params_of(sym):
     "Parameters of a function or class that are worth naming, with their stars; none where there is no signature."
@@ -158,18 +210,21 @@ def explained(cache, nb):
     return {m for o in said for m in re.findall(r'^#+ ([\w.]+)$', o, re.M)}
 
 def api_page(cache):
-    "One line for every public symbol of every module, linked to where it is explained."
-    lines = ['---', 'title: All functions and classes', 'subtitle: Every public name, by module, linked to its parameters', '---', '']
+    "One line for every public function and class of every module, linked to where it is explained; stops where one is not."
+    lines = ['---', 'title: All functions and classes', 'subtitle: "Every public function and class, by module, linked to its parameters, shapes and errors"', '---', '']
+    silent = []
     for nb in [o for o in pages() if re.match(r'\d', o.stem) and len(o.parts) == 1]:
         name = re.sub(r'^\d+[a-z]?_', '', nb.stem)
         if not (root/'aquatic_nb'/f'{name}.py').exists(): continue
         mod = importlib.import_module(f'aquatic_nb.{name}')
-        lines += [f'## aquatic_nb.{name}', '', f'[{title(nb)}]({nb.name})' + (f': {cell_text(mod.__doc__.strip())}' if mod.__doc__ else ''), '', '| | |', '|---|---|']
+        lines += [f'## aquatic_nb.{name}', '', f'[{title(nb)}]({nb.name})' + (f': {cell_text(mod.__doc__.strip())}' if mod.__doc__ else ''), '', '::: {.api}', '', '| | |', '|---|---|']
         headings = explained(cache, nb)
         for sym in mod.__all__:
             doc = (docstring(getattr(mod, sym)) or '').strip() if callable(getattr(mod, sym, None)) else ''
             if sym in headings: lines.append(f"| [`{sym}`]({nb.name}#{anchor(sym)}) | {cell_text(doc.splitlines()[0]) if doc else ''} |")
-        lines.append('')
+            elif isinstance(getattr(mod, sym), (type, types.FunctionType)) and getattr(mod, sym).__module__ == mod.__name__: silent.append(f'{name}.{sym}')
+        lines += ['', ':::', '']
+    if silent: raise SystemExit(f'docs: without an entry in the reference: {", ".join(silent)}')
     return '\n'.join(lines)
 
 # ---- building
