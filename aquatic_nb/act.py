@@ -91,8 +91,8 @@ class ActQuant(nn.Module):
     def __init__(self,
         bits:int,         # 2..8
         timesteps,        # [T] bucket centres
-        scale:Tensor,     # [T, H] float32 > 0
-        zero:Tensor,      # [T, H] whole numbers 0..2**bits-1
+        scale:Tensor,     # [T, P] float32 > 0
+        zero:Tensor,      # [T, P] whole numbers 0..2**bits-1
         split:int=None,   # with H=2: the channel at which the second half begins
     ):
         super().__init__()
