@@ -4,9 +4,11 @@
 
 # %% auto #0
 __all__ = ['search_codes', 'damp', 'corrected_target', 'State', 'start', 'sweep_codes', 'refit_codebooks', 'refit_scales',
-           'round_storage', 'encode_rows', 'to_aq', 'encode', 'relative_error']
+           'round_storage', 'posed', 'encode_rows', 'to_aq', 'encode', 'relative_error', 'start_from',
+           'share_codebooks']
 
 # %% ../nbs/06_beam.ipynb #b3280541
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -265,48 +267,53 @@ def _scatter(st, X):
     for m in range(M): out[m].index_add_(0, st.codes[..., m].reshape(-1).long(), X)
     return out
 
-def _codeword_blocks(st, ridge):
-    "Inverse of each codeword's own d x d block of A^T H A."
+def _codeword_blocks(st):
+    "Each codeword's own d x d block of A^T H A."
     M, K, d = st.C.shape
     O, J, _ = st.codes.shape
     blocks = torch.stack([st.H[j*d:(j+1)*d, j*d:(j+1)*d] for j in range(J)]).reshape(J, -1)
     s2, where = st.scales.pow(2)[:, None].expand(O, J).reshape(-1), torch.arange(J, device=st.W.device).repeat(O)
     count = st.W.new_zeros(M, K*J)
     for m in range(M): count[m].index_add_(0, st.codes[..., m].reshape(-1).long()*J + where, s2)
-    B = (count.reshape(M*K, J) @ blocks).reshape(M*K, d, d)
+    return (count.reshape(M*K, J) @ blocks).reshape(M*K, d, d)
+
+def _preconditioner(B, ridge):
+    "Inverse of the blocks [M*K, d, d], and the ridge in their units."
     size = B.diagonal(dim1=1, dim2=2).mean(1)
     lift = (1e-3*size + ridge*size.mean()).clamp(min=1e-20)
-    return torch.linalg.inv(B + lift[:, None, None]*torch.eye(d, device=B.device)).reshape(M, K, d, d), ridge*size.mean()
+    return torch.linalg.inv(B + lift[:, None, None]*torch.eye(B.shape[1], device=B.device)), ridge*size.mean()
 
 # %% ../nbs/06_beam.ipynb #d24b3a2b
 def refit_codebooks(
-    st:State,    # changed in place
-    iters:int=8, # conjugate-gradient steps
-    ridge=1e-6,  # pulls unused codewords to where they are; relative to the mean curvature
-    enough=3e-4, # stop when a step lowers the loss by less than this fraction
+    *states:State, # changed in place; several hold one set of codebooks together
+    iters:int=8,   # conjugate-gradient steps
+    ridge=1e-6,    # pulls unused codewords to where they are; relative to the mean curvature
+    enough=3e-4,   # stop when a step lowers the loss by less than this fraction
 ):
-    "Conjugate gradients on the codebooks for fixed codes; the loss never rises."
-    if st.scheme.kind == 'uniform': return
-    inverse, ridge = _codeword_blocks(st, ridge)
-    precondition = lambda R: (inverse @ R[..., None])[..., 0]
-    r, loss, G = _scatter(st, st.G), st.loss(), st.G.clone()
-    x, z = torch.zeros_like(st.C), precondition(r)
+    "Conjugate gradients on the codebooks for fixed codes; the loss (the sum over all states) never rises."
+    C = states[0].C
+    if states[0].scheme.kind == 'uniform': return
+    inverse, ridge = _preconditioner(sum(_codeword_blocks(st) for st in states), ridge)
+    precondition = lambda R: (inverse @ R.reshape(len(inverse), -1, 1)).reshape(R.shape)
+    r, loss, G = sum(_scatter(st, st.G) for st in states), sum(st.loss() for st in states), [st.G.clone() for st in states]
+    x, z = torch.zeros_like(C), precondition(r)
     p, rz = z, (r*z).sum()
     first = rz
     for _ in range(iters):
         if rz <= 1e-9*first: break
-        PH = st.decode(p) @ st.H
-        Ap = _scatter(st, PH) + ridge*p
+        PH = [st.decode(p) @ st.H for st in states]
+        Ap = sum(_scatter(st, o) for st, o in zip(states, PH)) + ridge*p
         step = rz/(p*Ap).sum()
         x, r = x + step*p, r - step*Ap
-        G.addcmul_(PH, step, value=-1)
+        for g, o in zip(G, PH): g.addcmul_(o, step, value=-1)
         loss -= (step*rz).item()
         if step*rz < enough*loss: break
         z = precondition(r)
         new = (r*z).sum()
         p, rz = z + new/rz*p, new
-    if torch.isfinite(x).all(): st.C = st.C + x; st.What, st.G = st.decode(), G
-    st.note('codebooks')
+    for st, g in zip(states, G):
+        if torch.isfinite(x).all(): st.C = C + x; st.What, st.G = st.decode(), g
+        st.note('codebooks')
 
 # %% ../nbs/06_beam.ipynb #f0c96028
 def refit_scales(
@@ -326,13 +333,17 @@ def round_storage(
 ):
     "Round codebooks to int8 or fp16 values (kept as float32) and scales to fp16."
     if st.scheme.kind == 'aq' and st.scheme.codebook_dtype == 'int8':
-        reach = st.C.abs().amax(1).sum(0).max().clamp(min=1e-30)
-        step = reach/(127 - .5*st.scheme.n_codebooks)
-        st.C, st.scales = (st.C/step).round(), st.scales*step
+        st.C, step = _to_int8(st.C)
+        st.scales = st.scales*step
     elif st.scheme.kind == 'aq': st.C = st.C.half().float()
     st.scales = _to_half(st.scales)
     st.What = st.decode()
     st.refresh()
+
+def _to_int8(C):
+    "Whole numbers whose sums stay within -127..127, and the step between them."
+    step = C.abs().amax(1).sum(0).max().clamp(min=1e-30)/(127 - .5*len(C))
+    return (C/step).round(), step
 
 def _to_half(scales):
     half = scales.half().float()
@@ -340,6 +351,23 @@ def _to_half(scales):
     bad = (off > .01*scales.abs()) & ~(off < 1e-4*scales.abs().max())    # a row that next to nothing reaches may be off by more
     if bad.any(): raise ValueError(f'{int(bad.sum())} of {len(scales)} row scales lie outside the range of fp16 (from {float(scales.min()):.3g} to {float(scales.max()):.3g}); rescale the weight or keep this layer dense')
     return half
+
+# %% ../nbs/06_beam.ipynb #f9d9abb2
+def posed(
+    W:Tensor,          # [O, N] weight rows
+    H:Tensor|None,     # [N, N] second moments of the inputs, undamped; None: plain weight error
+    scheme:Scheme,     # gives the group size
+    damping=.1,        # of the mean diagonal of H
+    D:Tensor|None=None,# [N, N] cross moment for the corrected target
+)->tuple:              # (target rows [O, J*d], damped moments [J*d, J*d]), float32
+    "The problem that the encoder solves: a damped H, the corrected target, whole groups."
+    W = W.detach().float()
+    if not torch.isfinite(W).all(): raise ValueError('the weight holds NaN or infinity')
+    H = torch.eye(W.shape[1], device=W.device) if H is None else damp(H.to(W.device).float(), damping)
+    W, extra = corrected_target(W, H, None if D is None else D.to(W.device).float()), -W.shape[1] % scheme.group_size
+    if not extra: return W, H
+    lift = torch.cat([H.new_zeros(W.shape[1]), H.new_full((extra,), 1e-3*float(H.diagonal().mean()))])
+    return torch.nn.functional.pad(W, (0, extra)), pad_h(H, scheme.group_size) + torch.diag(lift)
 
 # %% ../nbs/06_beam.ipynb #e4063b77
 def encode_rows(
@@ -352,21 +380,16 @@ def encode_rows(
     damping=.1,          # of the mean diagonal of H
     D:Tensor|None=None,  # [N, N] cross moment for the corrected target
     seed:int=0,          # seed of k-means
+    codebooks=None,      # [M, K, d] as `share_codebooks` gives; they stay as they are
 )->State:                # with its trace of losses; `st.What` is the decoded weight, rounded as it will be stored
     "Encode a matrix: k-means, then rounds of half-steps, then rounding and a last sweep."
-    N, d = W.shape[1], scheme.group_size
-    W = W.detach().float()
-    if not torch.isfinite(W).all(): raise ValueError('the weight holds NaN or infinity')
-    H = torch.eye(N, device=W.device) if H is None else damp(H.to(W.device).float(), damping)
-    W = corrected_target(W, H, None if D is None else D.to(W.device).float())
-    extra = -N % d
-    if extra: W, H = torch.nn.functional.pad(W, (0, extra)), pad_h(H, d) + torch.diag(torch.cat([H.new_zeros(N), H.new_full((extra,), 1e-3*float(H.diagonal().mean()))]))
-    st = start(W, H, scheme, seed)
+    W, H = posed(W, H, scheme, damping, D)
+    st = start(W, H, scheme, seed) if codebooks is None else start_from(W, H, scheme, codebooks.to(W.device).float())
     for _ in range(sweeps):
         sweep_codes(st, beam)
-        refit_codebooks(st, cg_iters)
+        if codebooks is None: refit_codebooks(st, iters=cg_iters)
         refit_scales(st)
-    round_storage(st)
+    if codebooks is None: round_storage(st)
     sweep_codes(st, beam); refit_scales(st)
     st.scales = _to_half(st.scales); st.What = st.decode()
     return st
@@ -384,7 +407,7 @@ def encode(
     weight:Tensor,  # dense weight [O, ...]
     H:Tensor|None,  # [fan_in, fan_in] second moments of the inputs, or None
     scheme:Scheme,  # storage scheme
-    **options,      # of `encode_rows`: beam, sweeps, cg_iters, damping, D, seed
+    **options,      # of `encode_rows`: beam, sweeps, cg_iters, damping, D, seed, codebooks
 )->AQTensor:        # compressed weight
     "Compress one weight."
     return to_aq(encode_rows(weight.flatten(1), H, scheme, **options), tuple(weight.shape))
@@ -398,3 +421,54 @@ def relative_error(
     E = W - What
     if H is None: return float(E.pow(2).sum()/W.pow(2).sum().clamp(min=1e-30))
     return float(((E @ H)*E).sum()/((W @ H)*W).sum().clamp(min=1e-30))
+
+# %% ../nbs/06_beam.ipynb #7b9b87b6
+def start_from(
+    W:Tensor,      # [O, J*d] target rows
+    H:Tensor,      # [J*d, J*d] damped second moments
+    scheme:Scheme, # storage scheme
+    C:Tensor,      # [M, K, d] float32 codebooks that stay as they are
+)->State:
+    "First codes and scales for given codebooks: greedy codes at a few sizes of the rows, the best for each row."
+    O, d, best = len(W), scheme.group_size, None
+    unit = W.pow(2).mean(1).sqrt()/C.pow(2).sum((0, 2)).mean().div(d).sqrt().clamp(min=1e-30)
+    h = H.diagonal().reshape(-1, d).repeat(O, 1)
+    for r in (.7, .85, 1., 1.2):
+        rest, codes = (W/(unit*r).clamp(min=1e-30)[:, None]).reshape(-1, d), []
+        for c in C:
+            i, dist = kmeans_assign(rest, h, c)
+            rest = rest - c[i]; codes.append(i)
+        new = torch.stack(codes, -1).reshape(O, -1, len(C)).to(torch.int32), unit*r, dist.reshape(O, -1).sum(1)*(unit*r)**2
+        if best is None: best = new; continue
+        win = new[2] < best[2]
+        best = tuple(torch.where(win.reshape(-1, *[1]*(a.dim() - 1)), a, b) for a, b in zip(new, best))
+    st = State(W, H, scheme, best[0], C, best[1])
+    st.What = st.decode(); st.refresh(); st.note('greedy')
+    return st
+
+# %% ../nbs/06_beam.ipynb #18ef0b33
+def share_codebooks(
+    problems:list,  # of (W [O, N], H [N, N] or None, weight of the layer's loss)
+    scheme:Scheme,  # storage scheme of all of them
+    beam:int=2,     # partial sums kept in the search
+    sweeps:int=2,   # rounds of codes, scales, codebooks
+    damping=.1,     # of the mean diagonal of H
+    seed:int=0,     # of k-means
+    per_codeword=24,# vectors per codeword that k-means looks at
+)->Tensor:          # [M, K, d] float32, rounded as they will be stored
+    "One set of codebooks for the rows of several layers."
+    gen, posed_ones = generator(seed, 'shared'), [(*posed(W, H, scheme, damping), w) for W, H, w in problems]
+    V, h, share = [], [], per_codeword*scheme.n_codewords/sum(W.numel() for W, *_ in posed_ones)
+    for W, H, w in posed_ones:
+        scales, d = W.pow(2).mean(1).sqrt(), scheme.group_size
+        live = (scales > 0).repeat_interleave(W.shape[1]//d).nonzero().flatten()
+        live = torch.arange(W.numel()//d, device=W.device) if len(live) == 0 else live
+        pick = live[torch.randperm(len(live), generator=gen)[:math.ceil(share*W.numel())].to(W.device)]
+        V.append((W/scales.clamp(min=1e-30)[:, None]).reshape(-1, d)[pick])
+        h.append(w*(H.diagonal()*W.pow(2).mean()).reshape(-1, d)[pick % (W.shape[1]//d)])
+    C, _ = residual_kmeans(torch.cat(V), scheme, torch.cat(h), 6, gen)
+    states = [start_from(W, w*H, scheme, C) for W, H, w in posed_ones]
+    for _ in range(sweeps):
+        for st in states: sweep_codes(st, beam); refit_scales(st)
+        refit_codebooks(*states)
+    return states[0].C.half().float() if scheme.codebook_dtype == 'fp16' else _to_int8(states[0].C)[0]

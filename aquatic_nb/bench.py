@@ -33,7 +33,8 @@ from torch import Tensor, nn
 from .calib import calibration_batches, input_moments
 from .core import generator, machine, progress, write_atomic
 from .kaq import packable
-from .layers import packed_layers, swap
+from .laq import thinned
+from .layers import stored_sizes, swap
 from .ldm4 import mini_judge
 from .metrics import evaluate_images, psnr_of
 from .quant import fingerprint, quantize_unet
@@ -415,7 +416,7 @@ register_peer('OpenVINO fp32', openvino_unet, 'openvino', 'a runtime: speed only
 register_peer('OpenVINO int8', lambda pipe: openvino_unet(pipe, True), 'nncf')
 
 # %% ../nbs/17_bench.ipynb #22551fd3
-def _walks(pipe): return calibration_batches(pipe.unet, pipe, 24, seed=0)
+def _walks(pipe): return thinned(calibration_batches(pipe.unet, pipe, 64, seed=0), 24) # what `quantize_unet` sees, by default
 
 def our_unet(
     pipe,       # the pipeline
@@ -426,15 +427,18 @@ def our_unet(
     own = copy.copy(pipe) # the pipeline is the calibration, so it has to hold the copy
     own.unet = copy.deepcopy(pipe.unet)
     unet = quantize_unet(own.unet, bits, **{'calibration': own, 'progress': False, **kwargs})
-    return unet, {n: 8*layer.aq.nbytes for n, layer in packed_layers(unet).items()}
+    return unet, {n: 8*size for n, size in stored_sizes(unet).items()}
 
 for _bits in (8, 4, 3, 2): register_peer(f'uniform {_bits} bit, a grid a row', lambda pipe, b=_bits: quantize_uniform(pipe.unet, b, 0), runs=False)
 for _bits in (4, 3, 2):
+    register_peer(f'uniform {_bits} bit, a grid a row, clipped', lambda pipe, b=_bits: quantize_uniform(pipe.unet, b, 0, clip=True), runs=False)
     register_peer(f'uniform {_bits} bit, groups of 64', lambda pipe, b=_bits: quantize_uniform(pipe.unet, b), runs=False)
     register_peer(f'uniform {_bits} bit, groups of 64, clipped', lambda pipe, b=_bits: quantize_uniform(pipe.unet, b, clip=True), runs=False)
     register_peer(f'uniform {_bits} bit, groups of 64, GPTQ', lambda pipe, b=_bits: quantize_uniform(pipe.unet, b, batches=_walks(pipe)), runs=False)
 for _bits in (4., 3., 2., 1.5): register_peer(f'ours {_bits:g} bit', lambda pipe, b=_bits: our_unet(pipe, b))
 register_peer('ours 2.2 bit, one setting', lambda pipe: our_unet(pipe, 2.2, laq=False), note='no LAQ')
+register_peer('ours 4.2 bit, one setting', lambda pipe: our_unet(pipe, 4.2, laq=False), note='no LAQ')
+register_peer('ours 2.2 bit, one setting, not sequential', lambda pipe: our_unet(pipe, 2.2, laq=False, sequential=False), note='no LAQ, inputs of the dense model')
 register_peer('ours 2.2 bit, one setting, uncalibrated', lambda pipe: our_unet(pipe, 2.2, laq=False, calibration=None), note='no LAQ, no inputs seen')
 
 # %% ../nbs/17_bench.ipynb #a203e14d

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KERNELS', 'Kernel', 'register_kernel', 'pick_kernel', 'uniform_codebook', 'AQLayer', 'AQConv2d', 'AQLinear',
-           'from_aq', 'packed_layers', 'set_kernel', 'swap']
+           'from_aq', 'packed_layers', 'stored_sizes', 'set_kernel', 'swap']
 
 # %% ../nbs/07_layers.ipynb #e8111880
 import math
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .aq import AQTensor, Scheme, decode, n_groups, pack_codes, unpack_codes
+from .aq import AQTensor, Scheme, decode, n_groups, pack_codes, stored_bytes, unpack_codes
 from .kaq import why_dense
 
 # %% ../nbs/07_layers.ipynb #b5fc17ca
@@ -171,6 +171,16 @@ def packed_layers(
 )->dict:             # name -> AQLayer
     "The packed layers of a model."
     return {n: m for n, m in model.named_modules() if isinstance(m, AQLayer)}
+
+def stored_sizes(
+    model:nn.Module, # any module
+)->dict:             # name of a packed layer -> bytes of its weight
+    "What each packed weight stores; codebooks that several layers hold count with the first of them."
+    seen, out = set(), {}
+    for n, m in packed_layers(model).items():
+        out[n] = stored_bytes(m.scheme, m.weight_shape, shared=id(m.codebooks) in seen)
+        if m.codebooks is not None: seen.add(id(m.codebooks))
+    return out
 
 def set_kernel(
     model:nn.Module, # model with packed layers

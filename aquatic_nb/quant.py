@@ -14,6 +14,7 @@ import json
 import math
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -28,8 +29,8 @@ from .act import attach_act
 from .calib import calibration_batches, execution_order, in_order, input_moments, single_thread
 from .core import progress as bar, work_lock, write_atomic
 from .kaq import catalogue, natural_group_size, packable, why_dense
-from .laq import allocate, bits_to_bytes, effective_bits, layer_kind, sensitivity, split_points, thinned, timestep_weights
-from .layers import AQLayer, from_aq, packed_layers, swap
+from .laq import allocate, bits_to_bytes, effective_bits, layer_kind, learn_shared, sensitivity, split_points, thinned, timestep_weights, worth_of
+from .layers import AQLayer, from_aq, packed_layers, stored_sizes, swap
 from .semi_pv import Teacher, TuneConfig, class_conditions, distill
 
 # %% ../nbs/11_quant.ipynb #98897734
@@ -98,6 +99,7 @@ def resolve_overrides(
     return out
 
 def _as_scheme(value, shape, pattern):
+    if isinstance(value, Scheme) and value.share: raise ValueError(f"overrides: {pattern!r} is set to {str(value)!r}, which shares codebooks; only the allocation decides that. Give the scheme without share")
     if value == 'dense' or isinstance(value, Scheme): return value
     if isinstance(value, tuple) and len(value) == 2: return Scheme(*value, natural_group_size(shape))
     if isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= 8: return Scheme(1, value, 1, kind='uniform')
@@ -167,6 +169,18 @@ class WorkDir:
 
     def file(self, name): return self.path/f'{hashlib.sha256(name.encode()).hexdigest()[:16]}.safetensors'
 
+    def shared(self, schemes, make):
+        "Codebooks that layers hold together: {Scheme: [M, K, d]}, from the file where `make` has made them before."
+        wanted = {str(s): s for s in schemes.values() if s != 'dense' and s.share}
+        if not wanted: return {}
+        file = None if self.path is None else self.path/'shared.safetensors'
+        try: found = {} if file is None or not file.exists() else load_file(file)
+        except (SafetensorError, OSError): found = {}                               # damaged: learn them again
+        if set(found) == set(wanted): return {wanted[k]: t for k, t in found.items()}
+        made = make()
+        if file is not None: write_atomic(file, save({str(s): t.cpu().contiguous() for s, t in made.items()}))
+        return made
+
     def put(self, name, aq, info):
         if self.path is None: return
         tensors = dict(codes=aq.codes.cpu().contiguous(), codebooks=aq.codebooks.cpu().contiguous(), scales=aq.scales.cpu().contiguous(),
@@ -196,13 +210,13 @@ def make_waves(
         waves[-1].append(n); used += need
     return waves
 
-def _encode_one(name, module, moments, scheme, options, seed):
-    "Encode one layer; a bias, where there is one, takes up the mean error."
+def _encode_one(name, module, moments, scheme, options, seed, codebooks=None):
+    "Encode one layer, with the codebooks that it shares if it does; a bias, where there is one, takes up the mean error."
     t, m = time.perf_counter(), moments.get(name)
     W = module.weight.detach().float().flatten(1)
     centre = m is not None and m.mean is not None and module.bias is not None
     if centre: m = m.centred()
-    try: st = encode_rows(W, None if m is None else m.H, scheme, D=None if m is None else m.D, seed=seed, **options)
+    try: st = encode_rows(W, None if m is None else m.H, scheme, D=None if m is None else m.D, seed=seed, codebooks=codebooks, **options)
     except ValueError as e: raise ValueError(f'layer {name!r}: {e}') from e
     What = st.What[:, :W.shape[1]]
     bias = W @ (m.mean + m.shift) - What @ m.mean if centre else None
@@ -229,19 +243,21 @@ def encode_model(
     workers:int=2,       # threads
     show=True,           # progress bar
     spread=None,         # shares the layers of a wave among processes, see `ldm4.Spread`
+    worth=None,          # name -> what a layer's relative error is worth, for codebooks that layers share; None: the same for all
 )->dict:                 # name -> (AQTensor, info)
     "Encode every layer of a model that has a scheme."
-    layers = packable(model)
+    layers, once = packable(model), (lambda make: make()) if spread is None else spread.once
+    books = once(lambda: work.shared(schemes, lambda: learn_shared(model, batches, schemes, worth, seed, memory, workers, beam=4)))
     order = [n for n in (execution_order(model, batches[0]) if batches else layers) if schemes[n] != 'dense']
     student = copy.deepcopy(model) if sequential and batches else model
     done = {}
     with bar(total=len(order), desc='encoding layers', disable=not show) as pbar:
         for wave in make_waves(order, layers, memory, n_waves if sequential and batches else 1):
             ready = {n: work.get(n, tuple(layers[n].weight.shape), schemes[n]) for n in wave}
-            if spread is not None: ready = spread.once(lambda: ready)
+            ready = once(lambda: ready)
             todo = [n for n in wave if ready[n] is None]
             moments = input_moments(student, batches, wave, model if sequential else None, seed=seed, workers=workers) if todo and batches else {}
-            made = (spread or in_order)(lambda n: _encode_one(n, layers[n], moments, schemes[n], options, seed), todo, workers)
+            made = (spread or in_order)(lambda n: _encode_one(n, layers[n], moments, schemes[n], options, seed, books.get(schemes[n])), todo, workers)
             for n, result in zip(todo, made):
                 work.put(n, *result)
                 ready[n] = result
@@ -298,7 +314,7 @@ def quantize_unet(
     if device is not None: unet.to(device)
     unet.eval()
     settings = dict(bits=bits, overrides=overrides, laq=bool(laq), beam=beam, sweeps=sweeps, n=n_calibration or (64 if sum(p.numel() for p in unet.parameters()) <= 100_000_000 else 16), guidance=guidance_scale, sequential=str(sequential), codebook_dtype=codebook_dtype,
-                    seed=seed, act_bits=act_bits, tune=str(tune), calibration='none' if calibration is None else type(calibration).__name__, version=2)
+                    seed=seed, act_bits=act_bits, tune=str(tune), calibration='none' if calibration is None else type(calibration).__name__, version=3)
     with work_lock(work_dir) if work_dir is not None else nullcontext():
         work = WorkDir(work_dir, fingerprint(layers, settings, calibration if isinstance(calibration, (list, tuple)) else []))
         _quantize(unet, work, fixed, calibration, tune, dict(settings, laq=laq, sequential=_auto_sequential(unet, sequential)), memory, 1 if next(unet.parameters()).is_cuda else workers, progress, spread)
@@ -311,9 +327,9 @@ def _quantize(unet, work, fixed, calibration, tune, s, memory, workers, show, sp
     once = (lambda make: make()) if spread is None else spread.once            # of several processes, one does it for all
     with single_thread():
         batches = None if calibration is None else once(lambda: calibration_batches(unet, calibration, s['n'], guidance_scale=guidance, seed=seed, show=show))
-    schemes = once(lambda: _choose_schemes(unet, s['bits'], batches, fixed, s['laq'], s['codebook_dtype'], work.path, seed, workers, guidance, getattr(calibration, 'scheduler', None), show))
+    schemes, worth = once(lambda: _choose_schemes(unet, s['bits'], batches, fixed, s['laq'], s['codebook_dtype'], work.path, seed, memory, workers, guidance, getattr(calibration, 'scheduler', None), show))
     few = None if batches is None else thinned(batches, PER_STEP)
-    done = encode_model(unet, schemes, few, work, dict(beam=s['beam'], sweeps=s['sweeps']), s['sequential'], memory, seed=seed, workers=workers, show=show, spread=spread)
+    done = encode_model(unet, schemes, few, work, dict(beam=s['beam'], sweeps=s['sweeps']), s['sequential'], memory, seed=seed, workers=workers, show=show, spread=spread, worth=worth)
     dense = None if tune is None else copy.deepcopy(unet).requires_grad_(False)
     pack(unet, done)
     if s['act_bits'] is not None: attach_act(unet, s['act_bits'], few, layers=[n for n in packed_layers(unet) if n not in ('conv_in', 'conv_out')], seed=seed)
@@ -321,22 +337,25 @@ def _quantize(unet, work, fixed, calibration, tune, s, memory, workers, show, sp
     importlib.import_module('aquatic_nb.hub').attach(unet, bits=s['bits'])    # a door above this one, asked for only when there is something to save
 
 # %% ../nbs/11_quant.ipynb #14bebd5c
-def _choose_schemes(model, bits, batches, fixed, laq, codebook_dtype, work_dir, seed, workers, guidance_scale, scheduler, show):
-    "Name -> scheme: by the allocation of LAQ, or the richest uniform setting."
+def _choose_schemes(model, bits, batches, fixed, laq, codebook_dtype, work_dir, seed, memory, workers, guidance_scale, scheduler, show):
+    "Name -> scheme: by the allocation of LAQ, or the richest uniform setting; and what each layer's relative error is worth, where that is known."
     shapes = {n: tuple(m.weight.shape) for n, m in packable(model).items()}
-    if not laq or batches is None: return richest_uniform(shapes, bits, fixed, codebook_dtype, next(model.parameters()).element_size())
-    table = sensitivity(model, thinned(batches, PER_STEP, whole=True), guidance_scale=guidance_scale, scheduler=scheduler, work_dir=None if work_dir is None else work_dir/'laq', seed=seed, workers=workers, show=show)
-    return allocate(table, bits_to_bytes(table, bits), overrides=fixed)
+    if not laq or batches is None: return richest_uniform(shapes, bits, fixed, codebook_dtype, next(model.parameters()).element_size()), None
+    table = sensitivity(model, thinned(batches, PER_STEP, whole=True), guidance_scale=guidance_scale, scheduler=scheduler, work_dir=None if work_dir is None else work_dir/'laq', seed=seed, memory=memory, workers=workers, show=show)
+    choice = allocate(table, bits_to_bytes(table, bits), overrides=fixed)
+    return choice, worth_of(table, choice)
 
 def pack(
     model:nn.Module, # dense model, changed in place
     done:dict,       # name -> (AQTensor, info)
 ):
-    "Swap encoded layers for packed ones."
+    "Swap encoded layers for packed ones; codebooks that layers share become one parameter."
+    books = {}
     for n, (aq, info) in done.items():
         dense = model.get_submodule(n)
         if info['bias'] is not None: dense.bias.data += info['bias'].to(dense.bias)
-        layer = from_aq(dense, aq)
+        layer = from_aq(dense, replace(aq, scheme=replace(aq.scheme, share='')))
+        if aq.scheme.share: layer.codebooks = books.setdefault(aq.scheme, layer.codebooks)
         layer.info = {k: info[k] for k in ('error', 'seconds')}
         swap(model, n, layer)
 
@@ -352,10 +371,10 @@ def quant_report(
     model:nn.Module, # a model, packed or not
 )->pd.DataFrame:     # layer, kind, shape, scheme, bits, code_bits, bytes, error, seconds; totals in `.attrs`
     "One row a layer; `.attrs` has the totals: bits over conv and linear weights, and over all parameters."
-    rows = []
+    rows, sizes = [], stored_sizes(model)
     for n, m in model.named_modules():
         if isinstance(m, AQLayer):
-            shape, size, info = tuple(m.weight_shape), m.aq.nbytes, getattr(m, 'info', {})
+            shape, size, info = tuple(m.weight_shape), sizes[n], getattr(m, 'info', {})
             rows.append((n, layer_kind(n), shape, str(m.scheme), size*8/math.prod(shape), m.scheme.code_bits, size, info.get('error', math.nan), info.get('seconds', math.nan)))
         elif why_dense(m) is None:
             b = 8.*m.weight.element_size()

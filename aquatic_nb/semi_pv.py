@@ -41,7 +41,13 @@ class TunedLayer(nn.Module):
         self.register_buffer('codes', aq.codes.to(torch.int32))
         self.codebooks, self.scales = nn.Parameter(aq.codebooks.float().clone()), nn.Parameter(aq.scales.float().clone())
         self.weight = nn.Parameter(torch.empty(self.shape, device=aq.scales.device))
+        self.together = [self]                   # the layers that hold these codebooks; the first of them leads
         self.decode()
+
+    def join(self, first):
+        "Hold the codebooks of another opened layer."
+        self.codebooks, self.together = first.codebooks, first.together
+        first.together.append(self)
 
     @property
     def bias(self): return self.packed.bias
@@ -124,12 +130,14 @@ def _decode(self):
 @torch.no_grad()
 def _pull_grads(self):
     "Turn the gradient of the dense weight into those of codebooks and scales."
+    if self.together[0] is self: self.codebooks.grad = None
     if self.weight.grad is None: return
     s = self.row_scales()
     dot = (self.weight.grad*self.weight).flatten(1).sum(1)      # <G, s * sums>
     self.scales.grad = torch.where(s > 0, dot/s.clamp(min=1e-12), 0)
     if self.scheme.kind == 'uniform': return
-    self.codebooks.grad = scatter_sums(self.codes, as_groups(self.weight.grad.float(), self.scheme.group_size), s, self.scheme.n_codewords)
+    new = scatter_sums(self.codes, as_groups(self.weight.grad.float(), self.scheme.group_size), s, self.scheme.n_codewords)
+    self.codebooks.grad = new if self.codebooks.grad is None else self.codebooks.grad + new
 
 @torch.no_grad()
 def _keep_promise(self):
@@ -137,7 +145,8 @@ def _keep_promise(self):
     if self.scheme.codebook_dtype != 'int8' or self.scheme.kind == 'uniform': return
     if self.books().abs().amax(1).sum(0).max() <= 127: return
     shrink = (127 - .5*self.scheme.n_codebooks)/self.codebooks.abs().amax(1).sum(0).max()
-    self.codebooks.mul_(shrink); self.scales.div_(shrink)
+    self.codebooks.mul_(shrink)
+    for m in self.together: m.scales.div_(shrink)
 
 def _to_aq(self)->AQTensor:
     "The compressed weight, rounded as stored."
@@ -154,7 +163,11 @@ def open_layers(
     "Open every packed layer for training."
     opened = {n: TunedLayer(m, n) for n, m in packed_layers(model).items()}
     if not opened: raise ValueError('open_layers: the model has no packed layers; quantize its weights first')
-    for n, m in opened.items(): swap(model, n, m)
+    holder = {}
+    for n, m in opened.items():
+        swap(model, n, m)
+        first = holder.setdefault(id(m if m.packed.codebooks is None else m.packed.codebooks), m)
+        if first is not m: m.join(first)
     return opened
 
 def tuned_layers(
@@ -193,7 +206,7 @@ def param_groups(
     found = {r: {} for r in ROLES}
     for n, m in layers.items():
         found['codes'][n], found['scales'][n] = m.weight, m.scales
-        if m.scheme.kind != 'uniform': found['codebooks'][n] = m.codebooks
+        if m.scheme.kind != 'uniform' and m.together[0] is m: found['codebooks'][n] = m.codebooks
         if m.act is not None: found['act'].update({n + '.act.scale': m.act.scale, n + '.act.zero': m.act.zero})
     taken = {id(p) for g in found.values() for p in g.values()}
     for n, p in model.named_parameters():
@@ -386,7 +399,9 @@ def _mask(self, selector, p, st, role):
     if selector == 'C': return agreement(p.grad, st['m'], st['n_m']) < self.tau if p.grad is not None and 'm' in st and role != 'codes' else None
     layer = self.owners.get(id(p))
     if layer is None or not hasattr(layer, 'changed'): return None
-    return layer.changed[..., None] if role == 'codes' else (layer.moved > self.membership)[..., None]
+    if role == 'codes': return layer.changed[..., None]
+    moved = torch.stack([m.moved for m in layer.together if hasattr(m, 'moved')]).amax(0)
+    return (moved > self.membership)[..., None]
 
 # %% ../nbs/10_semi_pv.ipynb #1192a730
 @torch.no_grad()
@@ -742,8 +757,9 @@ def straight_through(
 # %% ../nbs/10_semi_pv.ipynb #8f33c2e8
 class Tuner:
     "The state of a tuning run, which a checkpoint holds whole."
-    def __init__(self, student, teacher, config, held=None):
-        self.student, self.teacher, self.config, self.held = student, teacher, config, held
+    def __init__(self, student, teacher, config, held=None, spread=None):
+        self.student, self.teacher, self.config, self.held, self.spread = student, teacher, config, held, spread
+        self.rank, self.world = (0, 1) if spread is None else (spread.rank, spread.world)
         check_pair(student, teacher)
         peer = any(isinstance(m, UniformTuned) for m in student.modules())
         self.layers = tuned_layers(student) or ({} if peer else open_layers(student))
@@ -759,14 +775,19 @@ class Tuner:
         self.step, self.total, self.spent, self.log = 0, c.steps, 0., []
         self.first, self.start = {k: v.detach().clone() for k, v in student.state_dict().items()}, self.measure()
 
+    def once(self, make):
+        "What the first process makes, for all."
+        return make() if self.spread is None else self.spread.once(make)
+
     def state_dict(self):
         return dict(student=self.student.state_dict(), optimizer=self.optimizer.state_dict(), ema=self.ema and self.ema.mean,
-                    step=self.step, total=self.total, spent=self.spent, log=self.log, config=asdict(self.config))
+                    step=self.step, total=self.total, spent=self.spent, log=self.log, config=asdict(self.config), world=self.world)
 
     def load_state_dict(self, state):
         if state['config'] != asdict(self.config): raise ValueError('checkpoint: made with another TuneConfig; delete it, or use the same settings')
+        if state.get('world', 1) != self.world: raise ValueError(f"checkpoint: made by {state.get('world', 1)} processes, these are {self.world}; delete it, or start as many")
         self.student.load_state_dict(state['student']); self.optimizer.load_state_dict(state['optimizer'])
-        if self.ema: self.ema.mean = state['ema']
+        if self.ema: self.ema.mean = [m.to(p) for m, p in zip(state['ema'], self.averaged)]
         self.step, self.total, self.spent, self.log = state['step'], state['total'], state['spent'], state['log']
 
 # %% ../nbs/10_semi_pv.ipynb #c132b30a
@@ -782,7 +803,7 @@ def close_peer(
 def _train_step(self)->dict:
     "One step of the run."
     c, opt, t0 = self.config, self.optimizer, time.perf_counter()
-    batch = (walk_batch if c.mode == 'walk' else iid_batch)(self.teacher, self.step, c.batch, c.seed)
+    batch = (walk_batch if c.mode == 'walk' else iid_batch)(self.teacher, self.step, c.batch, c.seed + 1_000_003*self.rank)   # each process has batches of its own
     lucky = torch.rand((), generator=generator(c.seed, 'random reset', self.step)).item() < 1/self.teacher.steps
     if self.step and (c.selector == 'A' and batch['restart'] or c.selector == 'random' and lucky): opt.invalidate('A')
     for g in opt.param_groups: g['lr'] = g['base_lr']*lr_factor(self.step, self.total or 10**9, c.warmup)
@@ -792,6 +813,7 @@ def _train_step(self)->dict:
         raise FloatingPointError(f'tuning stopped at step {self.step}: the loss is {loss.item()}; first seen in {blame(self.student, batch)}.'
                                  ' The last checkpoint is kept; lower lr or code_lr')
     loss.backward()
+    if self.spread is not None: self.spread.average(opt)
     cosine = self.watch() if self.watch else {}
     opt.step()
     if self.ema: self.ema.update(self.step)
@@ -825,7 +847,7 @@ def _swap_average(self):
     self.ema.swap()
     for m in self.layers.values(): m.keep_promise(); m.decode()
 
-def _measure(self): return float('nan') if self.held is None else held_out_loss(self.student, self.held, weights=self.weights)
+def _measure(self): return float('nan') if self.held is None else self.once(lambda: held_out_loss(self.student, self.held, weights=self.weights))
 
 Tuner.finish, Tuner.swap_average, Tuner.measure = _finish, _swap_average, _measure
 
@@ -840,12 +862,15 @@ def distill(
     show:bool=True,      # live progress
     weights=None,        # function of t: weighting of timesteps
     watch=None,          # called as watch(tuner) before each optimizer step, returns a dict for the log
+    spread=None,         # `ldm4.Spread`: several processes, each with batches of its own; gradients are averaged, the first one keeps the time and the checkpoint
 )->list:                 # a dict for each step: step, t, loss, seconds, changed, held; the last one holds the summary
     "Tune a quantized model on its teacher's own trajectories."
-    run = Tuner(student, teacher, config, held)
+    run = Tuner(student, teacher, config, held, spread)
     run.weights, run.watch = weights, None if watch is None else lambda: watch(run)
     if weights is not None: run.start = run.measure()
-    if checkpoint is not None and Path(checkpoint).exists(): run.load_state_dict(torch.load(checkpoint, weights_only=True))
+    found = run.once(lambda: torch.load(checkpoint, map_location='cpu', weights_only=True) if checkpoint is not None and Path(checkpoint).exists() else None)
+    if found is not None: run.load_state_dict(found)
+    keeps = checkpoint is not None and run.rank == 0
     save = lambda: write_atomic(checkpoint, lambda p: torch.save(run.state_dict(), p))
     filled = teacher.fill(show) if run.total is None else 0.
     student.train()
@@ -853,12 +878,12 @@ def distill(
     bar.update(run.step)
     while run.total is None or run.step < run.total:
         row = run.train_step()
-        if run.total is None and run.step == 6: run.total = bar.total = max(6, int((config.minutes*60 - filled)*6/run.spent))
+        if run.total is None and run.step == 6: run.total = bar.total = run.once(lambda: max(6, int((config.minutes*60 - filled)*6/run.spent)))
         if run.step % config.held_every == 0: row['held'] = run.measure()
         run.log.append(row)
         bar.update(); bar.set_postfix_str(f"loss {row['loss']:.2e} held {row.get('held', float('nan')):.2e} codes {100*row['changed']:.2f}%")
-        if checkpoint is not None and time.monotonic() - saved > 60*every_minutes: save(); saved = time.monotonic()
+        if keeps and time.monotonic() - saved > 60*every_minutes: save(); saved = time.monotonic()
     bar.close()
-    if checkpoint is not None: save()
+    if keeps: save()
     student.eval()
     return run.log + [dict(step=run.step, seconds=run.spent, **run.finish())]
