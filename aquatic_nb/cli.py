@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['app', 'BAD_INPUT', 'NO_MEMORY', 'IO_FAILED', 'INTERRUPTED', 'UsageError', 'SHIPPED', 'Json', 'Force', 'Seed', 'Steps',
            'Guidance', 'NotEnoughMemory', 'say', 'give', 'main', 'Source', 'find_source', 'load_pipeline',
-           'free_memory', 'memory_needed', 'check_memory', 'empty_model', 'plan_text', 'quantize', 'run_quantize',
-           'draw', 'save_images', 'sample', 'judge', 'evaluate', 'info', 'bench', 'time_kernels', 'compare_peers',
-           'convert', 'version', 'demo', 'run_demo', 'out_size', 'side_by_side', 'report_text']
+           'free_memory', 'memory_needed', 'check_memory', 'check_destination', 'empty_model', 'plan_text', 'quantize',
+           'run_quantize', 'draw', 'save_images', 'sample', 'judge', 'evaluate', 'evaluate_benchmark', 'info', 'bench',
+           'time_kernels', 'compare_peers', 'convert', 'version', 'demo', 'run_demo', 'out_size', 'side_by_side',
+           'report_text']
 
 # %% ../nbs/18_cli.ipynb #232e2c8f
 import json
@@ -108,7 +109,7 @@ def load_pipeline(
     ours = name == 'ClassConditionalLDMPipeline'
     cls = import_module('aquatic_nb.zoo').ClassConditionalLDMPipeline if ours else import_module('diffusers').DiffusionPipeline
     if not components: import_module('aquatic_nb.hub').StoredModel(import_module('aquatic_nb.hub').weight_files(source.model_path))
-    pipe = cls.from_pretrained(source.path, local_files_only=True, **components)
+    pipe = cls.from_pretrained(source.path, local_files_only=True, use_safetensors=True, **components) # no pickles
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -150,6 +151,17 @@ def check_memory(
     hint = f'--memory {fits/2**30:.1f} would fit' if fits > 2**28 else '--no-calibration needs no moments' if free > need['total'] - need['moments'] else 'it needs a larger machine'
     raise NotEnoughMemory(f'this needs about {gb(need["total"])} ({", ".join(f"{k} {gb(v)}" for k, v in need.items() if k != "total")}), and {gb(free)} are free; {hint}')
 
+# %% ../nbs/18_cli.ipynb #d414d2ae
+def check_destination(
+    dst:Path,   # where to
+    src:Path,   # the source's folder
+    force:bool, # replace what is there
+):
+    "FileExistsError or ValueError unless a model may be written to DST; asked before any work."
+    if dst.exists() and not force: raise FileExistsError(f'{str(dst)!r} exists; give another folder, or --force to replace it')
+    if dst.resolve() in (src.resolve(), *src.resolve().parents): raise ValueError(f'DST {str(dst)!r} is SRC or holds it; --force would remove the source: give another folder')
+    import_module('aquatic_nb.hub').check_replaceable(dst)
+
 # %% ../nbs/18_cli.ipynb #bcdebef3
 def empty_model(
     folder, # a model folder
@@ -180,7 +192,7 @@ def quantize(
     src:Annotated[str, typer.Argument(help='A diffusers model folder, a pipeline folder, or the name of a shipped model (mini-ldm).')], # what to work on
     dst:Annotated[Optional[Path], typer.Argument(help='Where the result goes: the same kind of folder as SRC.')]=None, # where the result goes
     bits:Annotated[float, typer.Option(help='Average stored bits a weight, everything counted, 1 to 8.')]=2., # stored bits a weight
-    act_bits:Annotated[Optional[int], typer.Option(help='Bits of activations, 2 to 8; left alone where not given.')]=None, # bits of activations
+    act_bits:Annotated[Optional[int], typer.Option(help='Bits of activations: 8, 6 or 4; left alone where not given.')]=None, # bits of activations
     tune:Annotated[Optional[float], typer.Option(help='Minutes of fine-tuning against the original model.')]=None, # minutes of fine-tuning
     plan:Annotated[bool, typer.Option('--plan', help='Say what would be done, and stop.')]=False, # only say what would be done
     calibration:Annotated[bool, typer.Option('--calibration/--no-calibration', help='Measure what flows into each layer (no data needed).')]=True, # measure inputs
@@ -188,17 +200,19 @@ def quantize(
     part:Annotated[Optional[str], typer.Option(help='Component of the pipeline; unet or transformer where not given.')]=None, # component of the pipeline
     work_dir:Annotated[Optional[Path], typer.Option(help='Keeps finished layers; DST with .work appended where not given.')]=None, # keeps finished layers
     memory:Annotated[float, typer.Option(help='GB for input statistics held at once.')]=4., # GB for input statistics
-    trajectories:Annotated[Optional[int], typer.Option(help='Calibration trajectories; 64, or 16 for a model of more than 100M parameters.')]=None, # calibration trajectories
+    trajectories:Annotated[Optional[int], typer.Option(min=1, help='Calibration trajectories; 64, or 16 for a model of more than 100M parameters.')]=None, # calibration trajectories
     seed:Seed=0, # of everything random
     force:Force=False, # replace what is there
     as_json:Json=False, # result as JSON
 ):
     "Pack a model to few bits a weight; an interrupted run goes on when started again."
     if not 1 <= bits <= 8: raise ValueError(f'--bits {bits:g} is out of range, expected 1 to 8 (2 to 4 are usual)')
-    if act_bits is not None and not 2 <= act_bits <= 8: raise ValueError(f'--act-bits {act_bits} is out of range, expected 2 to 8 (8 is usual)')
+    if act_bits not in (None, 4, 6, 8): raise ValueError(f'--act-bits {act_bits}: expected 8 (usual), 6 or 4')
+    for name, value in (('--tune', tune), ('--memory', memory)):
+        if value is not None and not 0 < value < math.inf: raise ValueError(f'{name} {value:g}: expected a number above 0')
     if dst is None and not plan: raise ValueError('DST is missing; name the folder for the result, or use --plan')
     source = find_source(src, part)
-    if dst is not None and dst.exists() and not force: raise FileExistsError(f'{str(dst)!r} exists; give another folder, or --force to replace it')
+    if dst is not None: check_destination(dst, source.path, force)
     skeleton = empty_model(source.model_path)
     if not import_module('aquatic_nb.kaq').packable(skeleton): raise ValueError(f'{src!r}: {type(skeleton).__name__} has no Conv2d or Linear layer that could be quantized')
     if plan:
@@ -227,12 +241,13 @@ def run_quantize(
     whole = load_pipeline(source) if source.part else hub.load_quantized(source.path)
     model = getattr(whole, source.part) if source.part else whole
     data = None if not calibration else whole if source.part else 'auto'
-    try: quant.quantize_unet(model, calibration=data, work_dir=work_dir, **settings)
+    try:
+        quant.quantize_unet(model, calibration=data, work_dir=work_dir, **settings)
+        hub.attach(model, bits=settings['bits'], act_bits=settings['act_bits'])
+        hub.save_quantized(whole, dst, force=force)
     except KeyboardInterrupt:
         say(f'\ninterrupted; finished layers are kept in {work_dir}: run the same command again to go on')
         raise
-    hub.attach(model, bits=settings['bits'], act_bits=settings['act_bits'])
-    hub.save_quantized(whole, dst, force=force)
     shutil.rmtree(work_dir, ignore_errors=True)
     report = quant.quant_report(model).attrs
     size = sum(f.stat().st_size for f in hub.weight_files(dst/source.part if source.part else dst))
@@ -319,23 +334,61 @@ def judge(
 # %% ../nbs/18_cli.ipynb #f274e3fc
 @app.command()
 def evaluate(
-    src:Annotated[str, typer.Argument(help='A pipeline folder, packed or not, or mini-ldm.')], # what to work on
+    src:Annotated[str, typer.Argument(help='A pipeline folder, packed or not; mini-ldm; or ldm4, the published benchmark.')], # what to work on
     against:Annotated[Optional[str], typer.Option(help='Another pipeline: PSNR at equal seeds is measured against its images.')]=None, # another pipeline
-    n:Annotated[int, typer.Option(min=1, help='How many images.')]=300, # images
+    n:Annotated[Optional[int], typer.Option('--n', '--samples', min=1, help='How many images: 300, for ldm4 50,000.')]=None, # images
     classes:Annotated[Optional[str], typer.Option(help='Class labels with commas; all in turn where not given.')]=None, # labels with commas
     prompt:Annotated[Optional[str], typer.Option(help='For pipelines that take text.')]=None, # text
     steps:Steps=20, # denoising steps
-    guidance:Guidance=3., # guidance scale
+    guidance:Annotated[float, typer.Option('--guidance', '--scale', help='Guidance scale.')]=3., # guidance scale
     seed:Seed=0, # of everything random
+    ckpt:Annotated[Optional[Path], typer.Option(help='ldm4: the checkpoint cin256-v2, or what convert-ldm4 made of it.')]=None, # checkpoint, or converted folder
+    bits:Annotated[Optional[list[float]], typer.Option(help='ldm4: stored bits a weight, 2 where not given; again for more models.')]=None, # of each quantized model
+    act_bits:Annotated[int, typer.Option(help='ldm4: bits of activations, 32 to leave them alone.')]=8, # bits of activations
+    tune:Annotated[Optional[float], typer.Option(help='ldm4: minutes of distillation.')]=None, # minutes of distillation
+    labels:Annotated[str, typer.Option(help='ldm4: random, or balanced.')]='random', # how classes are drawn
+    reference:Annotated[Optional[Path], typer.Option(help='ldm4: VIRTUAL_imagenet256_labeled.npz, for FID, sFID and precision.')]=None, # statistics of real images
+    inception:Annotated[Optional[Path], typer.Option(help="ldm4: the Inception weights; torch's cache where not given.")]=None, # Inception weights
+    vgg:Annotated[Optional[Path], typer.Option(help="ldm4: torchvision's VGG16 weights, for LPIPS.")]=None, # VGG16 weights
+    lpips:Annotated[Optional[Path], typer.Option(help="ldm4: torch-fidelity's LPIPS weights; torch's cache where not given.")]=None, # LPIPS weights
+    batch:Annotated[int, typer.Option(min=1, help='ldm4: images in one call.')]=25, # images in one call
+    out:Annotated[Path, typer.Option(help='ldm4: folder for samples, quantized layers, features and run.json; give it again to go on.')]=Path('ldm4'), # folder for the result
     as_json:Json=False, # result as JSON
 ):
-    "Measure a model: class accuracy (shipped model), and PSNR against another one at equal seeds. LDM-4 has its own evaluation in Python: aquatic_nb.ldm4."
+    "Measure a model: class accuracy (shipped model), and PSNR against another one at equal seeds. With ldm4: the published benchmark, alone or under accelerate launch."
+    if src == 'ldm4' and (ckpt is not None or not Path(src).exists()):
+        if against or classes or prompt: raise ValueError('evaluate ldm4: --against, --classes and --prompt belong to other models; leave them out')
+        run = dict(samples=n or 50_000, steps=steps, guidance_scale=guidance, labels=labels, seed=seed, batch_size=batch)
+        return evaluate_benchmark(ckpt, out, run, tuple(bits or (2.,)), act_bits, tune, reference, inception, vgg, lpips, as_json)
+    n = n or 300
     sources, found = [find_source(o) for o in (src, against) if o is not None], []
     for s in sources: found.append(draw(load_pipeline(s), n, seed, steps, guidance, _classes(classes), prompt, s.path.name))
     images, labels = found[0]
     small = tuple(images.shape[1:]) == (1, 32, 32) and bool(labels) and max(labels) < 10
     if not small and against is None: raise ValueError('for this model there is nothing to measure without a reference; give --against, e.g. the dense pipeline')
     give(judge(images, labels, found[1][0] if len(found) > 1 else None, small), as_json)
+
+# %% ../nbs/18_cli.ipynb #6591a654
+def evaluate_benchmark(
+    ckpt:Path|None, # checkpoint, or converted folder
+    out:Path,       # samples, quantized layers, features and run.json
+    run:dict,       # for `ldm4.Protocol`
+    bits:tuple,     # of each quantized model
+    act_bits:int,   # 32: left alone
+    tune,           # minutes of distillation, or None
+    reference, inception, vgg, lpips, # paths of weights and statistics, or None
+    as_json:bool,   # one JSON object, or a table
+):
+    "The work of `aquatic evaluate ldm4`: every process shares it, the first one prints."
+    ldm4, metrics = import_module('aquatic_nb.ldm4'), import_module('aquatic_nb.metrics')
+    if ckpt is None: raise ValueError("--ckpt is missing; give the checkpoint 'cin256-v2' of github.com/CompVis/latent-diffusion, or what convert-ldm4 made of it")
+    if act_bits not in (32, 8, 6, 4): raise ValueError(f'--act-bits {act_bits}: expected 8 (usual), 6, 4, or 32 to leave activations alone')
+    distance = None if vgg is None else lambda: metrics.lpips_distance(vgg, lpips)
+    table = ldm4.evaluate_ldm4(ckpt, out, bits, None if act_bits == 32 else act_bits, ldm4.Protocol(**run), reference, inception, distance, **({} if tune is None else dict(tune=tune)))
+    if not ldm4.ranks().is_main_process: return
+    result = dict(run=str(out/'run.json'), results=json.loads(table.to_json(orient='index')), not_computed=table.attrs['not_computed'])
+    why = dict.fromkeys(f'{k}: {v}' for o in result['not_computed'].values() for k, v in o.items())
+    give(result, as_json, '\n'.join([table.to_string(), *(f'not computed: {o}' for o in why)]))
 
 # %% ../nbs/18_cli.ipynb #31f07a51
 @app.command()
@@ -411,6 +464,7 @@ def compare_peers(
     return dict(table=str(out/'peers.csv'), text=str(out/'peers.md'), picture=str(out/'peers.png'), rows=json.loads(table.to_json(orient='records')))
 
 # %% ../nbs/18_cli.ipynb #ea80e86f
+@app.command('convert_ldm4', hidden=True)
 @app.command('convert-ldm4')
 def convert(
     ckpt:Annotated[Path, typer.Argument(help='The original checkpoint, e.g. model.ckpt of cin256-v2.')], # original checkpoint
@@ -445,9 +499,12 @@ def demo(
     as_json:Json=False, # result as JSON
 ):
     "Quantize the shipped model and compare: pictures and a report, in a few minutes on two cores."
-    if out.exists() and any(out.iterdir()) and not force: raise FileExistsError(f'{str(out)!r} exists and is not empty; give another folder, or --force')
+    if out.exists() and any(o.name != 'work' for o in out.iterdir()) and not force: raise FileExistsError(f'{str(out)!r} exists and is not empty; give another folder, or --force')
     settings = dict(bits=bits, act_bits=act_bits, seed=seed, tune=15. if full else 2.)
-    give(run_demo(out, settings, n or (2000 if full else 200)), as_json)
+    try: give(run_demo(out, settings, n or (2000 if full else 200)), as_json)
+    except KeyboardInterrupt:
+        say(f'\ninterrupted; finished layers are kept in {out/"work"}: run the same command again to go on')
+        raise
 
 # %% ../nbs/18_cli.ipynb #efcb82e8
 def run_demo(

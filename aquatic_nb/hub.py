@@ -6,8 +6,8 @@
 __all__ = ['FORMAT_VERSION', 'CHECKSUMS', 'DTYPES', 'checksum', 'entry_checksum', 'checksums', 'shared_codebooks', 'packed_names',
            'file_tensors', 'AquaticMethod', 'AquaticConfig', 'read_header', 'StoredModel', 'stored_scheme',
            'empty_layer', 'stored_act', 'lay_out', 'check_tensors', 'check_values', 'pack_loaded', 'AquaticQuantizer',
-           'attach', 'dense_layers', 'dequantize', 'model_class', 'weight_files', 'load_quantized', 'save_quantized',
-           'lora_config', 'teach_peft']
+           'attach', 'dense_layers', 'dequantize', 'model_class', 'weight_files', 'load_quantized', 'check_replaceable',
+           'save_quantized', 'lora_config', 'teach_peft']
 
 # %% ../nbs/14_hub.ipynb #4fab6a7b
 import aquatic_nb.core # noqa: F401  before diffusers, which wants torchvision's operators
@@ -92,6 +92,8 @@ def file_tensors(
     entry:dict, # the `quantization_config` of config.json
 )->dict:        # name -> Tensor, as the file holds them
     "A state dict as it is stored: shared codebooks once, an empty `weight` for each packed layer, checksums."
+    worn = next((n for n in state if '.base_layer.' in n), None)
+    if worn: raise ValueError(f'layer {worn.split(".base_layer.")[0]!r} wears an adapter; save that with save_lora_adapter, and call delete_adapters before the model is saved')
     out = dict(state)
     for first, others in entry.get('shared_codebooks', {}).items():
         for o in others:
@@ -388,8 +390,6 @@ class AquaticQuantizer(DiffusersQuantizer):
 
     def get_state_dict_and_metadata(self, state_dict, safe_serialization=False):
         if not safe_serialization: raise ValueError('safe_serialization=False: packed models are not pickled; save with safe_serialization=True')
-        worn = next((n for n in state_dict if '.base_layer.' in n), None)
-        if worn: raise ValueError(f'{worn.split(".base_layer.")[0]!r} wears an adapter; save that with save_lora_adapter, and call delete_adapters before the model is saved')
         return file_tensors(state_dict, self.quantization_config.to_dict()), {}
 
     def _dequantize(self, model): return dense_layers(model)
@@ -485,6 +485,16 @@ def load_quantized(
     except (TypeError, KeyError, AttributeError, IndexError, ZeroDivisionError, NotImplementedError) as e: # from inside diffusers
         raise ValueError(f'{path}: no {cls.__name__} can be built from it ({type(e).__name__}: {str(e)[:200]}); get the file again') from e
 
+# %% ../nbs/14_hub.ipynb #b09a26b0
+def check_replaceable(
+    folder, # what `force` would remove
+):
+    "FileExistsError where a folder exists that is neither empty nor a model or pipeline."
+    folder = Path(folder)
+    if not folder.exists(): return
+    model = folder.is_dir() and ((folder/'config.json').is_file() or (folder/'model_index.json').is_file() or not any(folder.iterdir()))
+    if not model: raise FileExistsError(f'{str(folder)!r} is no model folder, and only those are replaced; remove it yourself, or give another folder')
+
 # %% ../nbs/14_hub.ipynb #9eef9c4c
 def save_quantized(
     model,       # a packed model, see `attach`, or a pipeline that holds one
@@ -499,6 +509,7 @@ def save_quantized(
     try:
         if old.exists() and not folder.exists(): os.replace(old, folder) # killed between the renames
         if folder.exists() and not force: raise FileExistsError(f'{str(folder)!r} exists; give another folder, or force=True to replace it')
+        check_replaceable(folder)
         with work_lock(tmp):
             shutil.rmtree(new, ignore_errors=True)
             try:

@@ -6,7 +6,7 @@ import pytest
 
 from aquatic_nb import cli
 from aquatic_nb.core import work_lock
-from packed_models import conditional, ddpm, plain
+from packed_models import class_pipe, conditional, ddpm, plain
 
 def aquatic(capsys, *args):
     "Run a command in this process."
@@ -65,16 +65,27 @@ def test_plan_reads_no_weights(pipe_folder, tmp_path, capsys):
 @pytest.mark.parametrize('args, says', [
     (['quantize', 'nowhere', 'DST'], 'does not exist'), (['quantize', 'SRC', 'SRC'], '--force'), (['quantize', 'SRC'], 'DST'), (['quantize', 'EMPTY', 'DST'], 'no diffusers model'),
     (['quantize', 'SRC', 'DST', '--bits', '0'], 'bits'), (['quantize', 'SRC', 'DST', '--bits', '9'], 'bits'), (['quantize', 'SRC', 'DST', '--bits', 'nan'], 'bits'), (['quantize', 'SRC', 'DST', '--bits', 'two'], '--bits'),
-    (['quantize', 'SRC', 'DST', '--act-bits', '1'], 'act-bits'), (['quantize', 'SRC', 'DST', '--part', 'vae'], 'vae'), (['quantize', 'SRC/model_index.json', 'DST'], 'is a file'),
+    (['quantize', 'SRC', 'DST', '--act-bits', '1'], 'act-bits'), (['quantize', 'SRC', 'DST', '--act-bits', '5'], 'act-bits'),
+    (['quantize', 'SRC', 'DST', '--tune', '0'], '--tune'), (['quantize', 'SRC', 'DST', '--tune', 'inf'], '--tune'), (['quantize', 'SRC', 'DST', '--memory', 'nan'], '--memory'), (['quantize', 'SRC', 'DST', '--trajectories', '0'], '--trajectories'),
+    (['quantize', 'SRC', 'SRC', '--force'], 'is SRC'), (['quantize', 'SRC', 'SRC/..', '--force'], 'holds it'), (['quantize', 'SRC', 'FOREIGN', '--force'], 'no model folder'), (['quantize', 'SRC', 'DST', '--part', 'vae'], 'vae'), (['quantize', 'SRC/model_index.json', 'DST'], 'is a file'),
     (['sample', 'nowhere'], 'does not exist'), (['sample', 'SRC/unet'], 'not a pipeline'), (['sample', 'SRC', '--n', '0'], '--n'), (['sample', 'SRC', '--classes', 'a'], 'numbers'), (['sample', 'SRC', '--out', 'SRC'], 'not empty'),
     (['evaluate', 'SRC', '--n', '2', '--steps', '1'], '--against'), (['info', 'EMPTY'], 'config.json'), (['bench', 'SRC'], 'not packed'), (['bench'], 'SRC is missing'), (['bench', 'SRC', '--peers'], 'leave out'), (['bench', '--peers', '--only', 'nothing', '--out', 'DST'], 'no row is called'), (['convert-ldm4', 'nowhere.ckpt', 'DST'], 'does not exist'),
     (['demo', '--out', 'SRC'], 'not empty'), (['nonsense'], 'nonsense'), (['quantize', 'SRC', 'DST', '--nonsense'], 'nonsense')], ids=lambda a: ' '.join(a) if isinstance(a, list) else '')
 def test_bad_input(pipe_folder, tmp_path, capsys, args, says):
-    (tmp_path/'empty').mkdir()
-    args = [str(a).replace('SRC', str(pipe_folder)).replace('DST', str(tmp_path/'dst')).replace('EMPTY', str(tmp_path/'empty')) for a in args]
+    (tmp_path/'empty').mkdir(); (tmp_path/'foreign').mkdir(); (tmp_path/'foreign'/'thesis.txt').write_text('mine')
+    args = [str(a).replace('SRC', str(pipe_folder)).replace('DST', str(tmp_path/'dst')).replace('EMPTY', str(tmp_path/'empty')).replace('FOREIGN', str(tmp_path/'foreign')) for a in args]
     code, out, err = aquatic(capsys, *args)
     assert code == 2 and says in err and out == '' and 'Traceback' not in err, err
-    assert not (tmp_path/'dst').exists()
+    assert not (tmp_path/'dst').exists() and (tmp_path/'foreign'/'thesis.txt').exists() and (pipe_folder/'model_index.json').exists()
+
+def test_pickled_components_are_refused(tmp_path, capsys):
+    import torch
+    pipe = class_pipe()
+    pipe.save_pretrained(tmp_path/'p')
+    (tmp_path/'p'/'vae'/'diffusion_pytorch_model.safetensors').unlink()
+    torch.save(pipe.vae.state_dict(), tmp_path/'p'/'vae'/'diffusion_pytorch_model.bin')
+    code, out, err = aquatic(capsys, 'sample', tmp_path/'p', '--out', tmp_path/'out', '--n', 1, '--steps', 1)
+    assert code == 2 and 'safetensors' in err and not (tmp_path/'out').exists(), err
 
 def test_no_memory(pipe_folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(cli, 'free_memory', lambda: 2**20)

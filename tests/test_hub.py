@@ -12,6 +12,7 @@ from aquatic_nb import hub
 from aquatic_nb.act import act_layers, attach_act
 from aquatic_nb.hub import AquaticConfig, attach, dequantize, load_quantized, save_quantized
 from aquatic_nb.layers import packed_layers
+from aquatic_nb.quant import quant_report
 from packed_models import C, X, conditional, ddpm, pack_model, plain, run, sample
 
 @pytest.fixture(scope='module')
@@ -91,6 +92,7 @@ def test_size_on_disk(packed, saved):
     rest = sum(p.nbytes for p in packed.parameters() if id(p) not in layers)
     data = path.stat().st_size - 8 - int.from_bytes(path.read_bytes()[:8], 'little')
     assert data == sum(layers.values()) + rest + 4*len(header) # one checksum a tensor, and one for the entry of config.json
+    assert data == quant_report(packed).attrs['total_bytes'] + 4*len(header)
     for n, m in packed_layers(packed).items(): assert sum(b - a for k in m._stored for _, _, a, b in [header.get(f'{n}.{k}', (0, 0, 0, 0))]) <= m.aq.nbytes
 
 def test_pickles_are_refused(packed, tmp_path):
@@ -245,6 +247,9 @@ def test_lora_is_loaded_saved_and_merged(packed, peft, tmp_path):
 def test_save_refuses_an_existing_folder(packed, tmp_path):
     save_quantized(packed, tmp_path/'m')
     with pytest.raises(FileExistsError, match='force=True'): save_quantized(packed, tmp_path/'m')
+    (tmp_path/'thesis.txt').write_text('mine')
+    with pytest.raises(FileExistsError, match='no model folder'): save_quantized(packed, tmp_path, force=True)
+    assert (tmp_path/'thesis.txt').exists()
 
 def test_full_disk(packed, tmp_path, monkeypatch):
     save_quantized(packed, tmp_path/'m')
