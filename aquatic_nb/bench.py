@@ -7,11 +7,12 @@ __all__ = ['PEERS', 'TUNED', 'COLUMNS', 'uniform_grid', 'uniform_round', 'round_
            'labels_of', 'sample_images', 'compare', 'Peer', 'register_peer', 'installed', 'tensor_bits', 'count_bits',
            'quantize_convs', 'quanto_unet', 'torchao_linear', 'torchao_unet', 'hqq_linear', 'hqq_unet', 'sdnq_unet',
            'k_blocks', 'gguf_unet', 'OpenVinoUNet', 'openvino_unet', 'our_unet', 'straight_through_unet',
-           'median_seconds', 'unet_ms', 'measure_peer', 'dense_images', 'read_peers', 'run_peers', 'write_peers',
-           'peers_text', 'plot_peers']
+           'median_seconds', 'unet_ms', 'resident_mib', 'file_mb', 'measure_peer', 'dense_images', 'read_peers',
+           'run_peers', 'write_peers', 'peers_text', 'plot_peers']
 
 # %% ../nbs/17_bench.ipynb #3670ce03
 import copy
+import gc
 import inspect
 import io
 import math
@@ -34,7 +35,7 @@ from .calib import calibration_batches, input_moments
 from .core import generator, machine, progress, write_atomic
 from .kaq import packable
 from .laq import thinned
-from .layers import stored_sizes, swap
+from .layers import packed_layers, stored_sizes, swap
 from .ldm4 import mini_judge
 from .metrics import evaluate_images, psnr_of
 from .quant import fingerprint, quantize_unet
@@ -488,6 +489,30 @@ def unet_ms(
     cond = torch.randn(batch, 1, config.cross_attention_dim, generator=gen)
     return 1e3*median_seconds(lambda: unet(x, torch.tensor(500), encoder_hidden_states=cond), clock=time.process_time)
 
+# %% ../nbs/17_bench.ipynb #2a646076
+def resident_mib(
+    peak=False, # True: the most since the last call with `reset`
+    reset=False,# forget the peak
+)->float:       # MiB; NaN where the system does not say
+    "Memory of this process (Linux)."
+    try:
+        if reset: Path('/proc/self/clear_refs').write_text('5')
+        lines = dict(o.split(':', 1) for o in Path('/proc/self/status').read_text().splitlines())
+        return int(lines['VmHWM' if peak else 'VmRSS'].split()[0])/1024
+    except OSError: return math.nan
+
+def file_mb(
+    unet, # the U-Net of a row
+)->float: # MB of its weights on disk
+    "What saving it takes."
+    with tempfile.TemporaryDirectory() as folder:
+        if packed_layers(unet):
+            unet.save_pretrained(folder)
+            return sum(f.stat().st_size for f in Path(folder).rglob('*'))/1e6
+        state = {k: v.half() if type(v) in (Tensor, nn.Parameter) and v.is_floating_point() else v for k, v in unet.state_dict().items()}
+        torch.save(state, Path(folder)/'state')
+        return (Path(folder)/'state').stat().st_size/1e6
+
 # %% ../nbs/17_bench.ipynb #ec1c9f59
 def measure_peer(
     peer:Peer,        # the row
@@ -497,17 +522,22 @@ def measure_peer(
     **sampling,       # for `sample_images`
 )->dict:              # the row's numbers
     "Make, time, sample and judge one row."
-    row, start, other = {}, time.process_time(), copy.copy(pipe)
+    gc.collect()
+    row, start, other, before = {}, time.process_time(), copy.copy(pipe), resident_mib()
     other.unet, stored = peer.make(pipe)
     row['minutes'] = (time.process_time() - start)/60
     row |= count_bits(pipe.unet, stored)
-    if peer.runs: row['unet_ms'] = unet_ms(other.unet, pipe)
+    if peer.runs:
+        gc.collect(); resident_mib(reset=True)
+        row['unet_ms'] = unet_ms(other.unet, pipe)
+        own = sum(p.nbytes for p in pipe.unet.parameters())/2**20 if other.unet is pipe.unet else 0 # it was there before
+        row |= dict(peak_mib=resident_mib(peak=True) - before + own, file_mb=file_mb(other.unet) if other.unet.state_dict() else math.nan)
     images = reference if other.unet is pipe.unet else sample_images(other, len(reference), **sampling)
     row |= compare(images, reference, load_mini_classifier(), labels_of(pipe, len(images)))
     return row | evaluate_images(images, judge.reference, judge.extractor, ('fd', 'sfd', 'isc')).drop(['images', 'ISC std']).to_dict()
 
 # %% ../nbs/17_bench.ipynb #2c88fcf9
-COLUMNS = ['method', 'package', 'layers', 'bits', 'bits_all', 'psnr', 'accuracy', 'FD', 'sFD', 'ISC', 'unet_ms', 'minutes', 'note', 'date']
+COLUMNS = ['method', 'package', 'layers', 'bits', 'bits_all', 'psnr', 'accuracy', 'FD', 'sFD', 'ISC', 'unet_ms', 'peak_mib', 'file_mb', 'minutes', 'note', 'date']
 
 def dense_images(
     pipe,       # pipeline with the dense U-Net
@@ -580,7 +610,7 @@ def peers_text(
     table:pd.DataFrame, # as `run_peers` gives
 )->str:                 # markdown
     "The table for people, numbers rounded."
-    digits = dict(bits=2, bits_all=2, psnr=1, accuracy=3, FD=2, sFD=2, ISC=2, unet_ms=0, minutes=2)
+    digits = dict(bits=2, bits_all=2, psnr=1, accuracy=3, FD=2, sFD=2, ISC=2, unet_ms=0, peak_mib=0, file_mb=1, minutes=2)
     def say(k, v):
         if isinstance(v, float) and math.isnan(v): return ''
         return f'{v:.{digits[k]}f}' if k in digits and isinstance(v, (int, float)) else str(v)
