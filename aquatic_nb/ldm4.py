@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['PUBLISHED', 'CROWD', 'COLUMNS', 'OURS', 'CONFIGS', 'KINDS', 'PLAN_SCHEMES', 'published_rows', 'Protocol',
            'make_labels', 'sample_noise', 'sample_batch', 'shard_path', 'write_npz', 'shard_is_whole', 'sample_shards',
-           'fingerprint', 'claim_folder', 'ranks', 'share', 'Spread', 'make_model', 'average_grads', 'distill_ranks',
-           'feature_shards', 'join_features', 'pair_shards', 'join_pairs', 'Judge', 'try_part', 'make_judge',
-           'measure_model', 'run_record', 'folder_name', 'evaluate_models', 'save_run', 'load_run', 'mini_judge',
-           'quantized_copy', 'model_name', 'evaluate_ldm4', 'results_table', 'meta_model', 'example_inputs',
-           'layer_kind', 'layer_flops', 'model_plan']
+           'fingerprint', 'claim_folder', 'ranks', 'share', 'Spread', 'make_model', 'distill_ranks', 'feature_shards',
+           'join_features', 'pair_shards', 'join_pairs', 'Judge', 'try_part', 'make_judge', 'measure_model',
+           'run_record', 'folder_name', 'evaluate_models', 'save_run', 'load_run', 'mini_judge', 'quantized_copy',
+           'model_name', 'evaluate_ldm4', 'results_table', 'meta_model', 'example_inputs', 'layer_kind', 'layer_flops',
+           'model_plan']
 
 # %% ../nbs/16_ldm4.ipynb #274edf89
 import atexit
@@ -21,7 +21,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
@@ -229,10 +229,10 @@ def share(
 
 # %% ../nbs/16_ldm4.ipynb #0135e5f6
 class Spread:
-    "Layers encoded by several processes, for `quantize_unet(spread=)`."
+    "Work shared by several processes: layers, for `quantize_unet(spread=)`, and gradients, for `semi_pv.distill(spread=)`."
     def __init__(self,
         state, # from `ranks`
-    ): self.state = state
+    ): self.state, self.rank, self.world = state, state.process_index, state.num_processes
 
     def once(self, make):
         "What rank 0 makes, for all."
@@ -241,15 +241,22 @@ class Spread:
     def __call__(self, f, names, workers=1):
         "f(name) for all names in order, each computed by one process; an error anywhere is raised everywhere."
         from accelerate.utils import gather_object
-        rank, world = self.state.process_index, self.state.num_processes
-        for a in range(0, len(names), world):
+        for a in range(0, len(names), self.world):
             made = []
-            for n in names[a + rank:a + rank + 1] if rank < len(names) - a else []:
+            for n in names[a:a + self.world][self.rank:self.rank + 1]:
                 try: made = [(*in_order(f, [n], 1), '')]
-                except Exception as e: made = [(None, f'rank {rank}, layer {n!r}: {e}')]
-            for result, error in gather_object(made) if world > 1 else made:
+                except Exception as e: made = [(None, f'rank {self.rank}, layer {n!r}: {e}')]
+            for result, error in gather_object(made) if self.world > 1 else made:
                 if error: raise RuntimeError(error)
                 yield result
+
+    def average(self, optimizer):
+        "Replace the gradient of every parameter by its mean over the processes."
+        if self.world == 1: return
+        from accelerate.utils import reduce
+        grads = [p.grad for g in optimizer.param_groups for p in g['params'] if p.grad is not None]
+        flat = reduce(torch.cat([g.flatten() for g in grads]), 'mean')
+        for g, part in zip(grads, flat.split([g.numel() for g in grads])): g.copy_(part.view_as(g))
 
 # %% ../nbs/16_ldm4.ipynb #ec158404
 def make_model(
@@ -263,34 +270,20 @@ def make_model(
     return share(lambda: model, state)
 
 # %% ../nbs/16_ldm4.ipynb #8ba7c690
-def average_grads(
-    tuner, # a `semi_pv.Tuner` after the backward pass
-    state, # from `ranks`
-) -> dict: # nothing for the log
-    "Replace every gradient by its mean over the ranks."
-    from accelerate.utils import reduce
-    grads = [p.grad for g in tuner.optimizer.param_groups for p in g['params'] if p.grad is not None]
-    flat = reduce(torch.cat([g.flatten() for g in grads]), 'mean') if state.num_processes > 1 else None
-    if flat is not None:
-        for g, part in zip(grads, flat.split([g.numel() for g in grads])): g.copy_(part.view_as(g))
-    return {}
-
 def distill_ranks(
     student:nn.Module, # packed model; changed in place, and equal on all ranks afterwards
     teacher, # a `semi_pv.Teacher`, the same on all ranks
-    config, # a `semi_pv.TuneConfig` with `steps`; `batch` is that of one rank
+    config, # a `semi_pv.TuneConfig`; `batch` is that of one rank
     held=None, # a Teacher with another seed, to choose by
+    checkpoint=None, # file that rank 0 reads and writes
     show:bool=True, # rank 0 shows its progress
     **kwargs, # for `semi_pv.distill`
-) -> list: # the log of this rank
-    "Distillation in all processes at once, gradients averaged."
+) -> list: # the log of this rank; of steps before a restart, that of rank 0
+    "Distillation in all processes at once, gradients averaged; a killed run goes on from the checkpoint."
     from aquatic_nb.semi_pv import distill
-    state = ranks()
-    if config.steps is None: raise ValueError(f'distill_ranks: minutes={config.minutes}, expected steps: processes do not stop together by the clock')
-    if config.selector == 'random': raise ValueError("distill_ranks: selector='random' would reset other moments on every rank; take None, 'A', 'B' or 'C'")
-    student.load_state_dict(share(student.state_dict, state))
-    mine = replace(config, seed=config.seed + 1_000_003*state.process_index)
-    return distill(student, teacher, mine, held, watch=lambda run: average_grads(run, state), show=show and state.is_main_process, **kwargs)
+    spread = Spread(ranks())
+    student.load_state_dict(spread.once(student.state_dict))
+    return distill(student, teacher, config, held, checkpoint, show=show and spread.rank == 0, spread=spread, **kwargs)
 
 # %% ../nbs/16_ldm4.ipynb #88634b27
 def feature_shards(
