@@ -569,6 +569,7 @@ def _sensitivity(unet, layers, batches, options_of, share, cheap, names, held_ou
                 bar.update(new.layer.nunique())
     return _ordered(table, names)
 
+# %% ../nbs/08_laq.ipynb #c6f76af2
 def _wave_rows(wave, sets, unet, layers, batches, gains, menus, dense_bits, probe, copies, steps, seed, workers):
     "Rows of the table for the layers of a wave, some layers at a time."
     mates = {key: names for key, names in sets.items() if set(names) & set(wave)}
@@ -730,6 +731,7 @@ def worth_of(
     at = lambda n, o, what: float(rows.at[(n, str(o)), what]) if (n, str(o)) in rows.index else 0.
     return {n: at(n, o, 'cheap')/max(at(n, o, 'h_error'), 1e-30) for n, o in choice.items()}
 
+# %% ../nbs/08_laq.ipynb #7962a1b6
 def learn_shared(
     unet:nn.Module,  # the full-precision denoiser
     batches:list,    # dicts of forward inputs; None: plain weight error

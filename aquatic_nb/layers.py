@@ -166,6 +166,7 @@ def from_aq(
     new = (AQConv2d if isinstance(module, nn.Conv2d) else AQLinear)(module, aq)
     return new.to(module.weight.device).train(module.training)
 
+# %% ../nbs/07_layers.ipynb #6692e986
 def packed_layers(
     model:nn.Module, # any module
 )->dict:             # name -> AQLayer

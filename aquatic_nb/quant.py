@@ -153,6 +153,7 @@ def fingerprint(
         h.update(m.weight.detach().contiguous().cpu().view(torch.uint8).numpy().tobytes())
     return h.hexdigest()
 
+# %% ../nbs/11_quant.ipynb #9b55c5f6
 class WorkDir:
     "Finished layers on disk; `None` keeps nothing."
     def __init__(self, path, mark:str):
