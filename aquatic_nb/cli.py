@@ -16,6 +16,7 @@ import math
 import shutil
 import sys
 import time
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -384,7 +385,8 @@ def evaluate_benchmark(
     if ckpt is None: raise ValueError("--ckpt is missing; give the checkpoint 'cin256-v2' of github.com/CompVis/latent-diffusion, or what convert-ldm4 made of it")
     if act_bits not in (32, 8, 6, 4): raise ValueError(f'--act-bits {act_bits}: expected 8 (usual), 6, 4, or 32 to leave activations alone')
     distance = None if vgg is None else lambda: metrics.lpips_distance(vgg, lpips)
-    table = ldm4.evaluate_ldm4(ckpt, out, bits, None if act_bits == 32 else act_bits, ldm4.Protocol(**run), reference, inception, distance, **({} if tune is None else dict(tune=tune)))
+    with redirect_stdout(sys.stderr): # what it has to say on the way is no result
+        table = ldm4.evaluate_ldm4(ckpt, out, bits, None if act_bits == 32 else act_bits, ldm4.Protocol(**run), reference, inception, distance, **({} if tune is None else dict(tune=tune)))
     if not ldm4.ranks().is_main_process: return
     result = dict(run=str(out/'run.json'), results=json.loads(table.to_json(orient='index')), not_computed=table.attrs['not_computed'])
     why = dict.fromkeys(f'{k}: {v}' for o in result['not_computed'].values() for k, v in o.items())
@@ -474,7 +476,9 @@ def convert(
 ):
     "Turn an original LDM-4 checkpoint into a diffusers pipeline folder."
     if not ckpt.exists(): raise FileNotFoundError(f'{str(ckpt)!r} does not exist; give the original checkpoint file')
-    give(dict(dst=str(import_module('aquatic_nb.zoo').convert_ldm4(ckpt, dst, config))), as_json)
+    zoo = import_module('aquatic_nb.zoo')
+    with redirect_stdout(sys.stderr): dst = zoo.convert_ldm4(ckpt, dst, config)
+    give(dict(dst=str(dst), sha256=zoo.sha256_of(ckpt)), as_json)
 
 # %% ../nbs/18_cli.ipynb #53c3d6ff
 @app.command()

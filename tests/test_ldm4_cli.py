@@ -32,7 +32,8 @@ def test_benchmark_from_the_command_line(folder, tmp_path, capsys, monkeypatch):
             '--inception', tmp_path/'none.pth', '--vgg', tmp_path/'vgg.pth', '--out', tmp_path/'out', '--json']
     code, out, err = aquatic(capsys, *args)
     assert code == 0, err
-    found = json.loads(out)
+    found = json.loads(out) # nothing but the result
+    assert 'sha256' in err
     assert list(found['results']) == ['full precision', 'W7A8', 'W8A8'] and asked == [(7, 8), (8, 8)]
     assert found['results']['W8A8']['PSNR'] > 10 and found['results']['W8A8']['FID'] is None
     assert 'none.pth' in found['not_computed']['W7A8']['sFID'] and 'vgg.pth' in found['not_computed']['W7A8']['LPIPS']
