@@ -377,7 +377,10 @@ def evaluate_benchmark(
     bits:tuple,     # of each quantized model
     act_bits:int,   # 32: left alone
     tune,           # minutes of distillation, or None
-    reference, inception, vgg, lpips, # paths of weights and statistics, or None
+    reference,      # reference statistics, or None
+    inception,      # weights of the Inception network, or None
+    vgg,            # weights of VGG-16, or None
+    lpips,          # weights of LPIPS on top of it, or None
     as_json:bool,   # one JSON object, or a table
 ):
     "The work of `aquatic evaluate ldm4`: every process shares it, the first one prints."
