@@ -11,6 +11,7 @@ __all__ = ['WINO', 'Emit', 'simd', 'cpu_features', 'use_simd', 'portable', 'run_
 
 # %% ../nbs/12_cpu.ipynb #6402b5c9
 import contextlib
+import ctypes
 import functools
 import inspect
 import json
@@ -133,15 +134,36 @@ def _jit(f):
     try: return njit(cache=True, **options)(f)
     except RuntimeError: return njit(**options)(f)   # no writable folder beside the module or in the home directory
 
-_pools, _lock = {}, threading.Lock()
+# %% ../nbs/12_cpu.ipynb #4354e98e
+_pools, _lock, _home = {}, threading.Lock(), os.getpid()
 
 def _pool(n):
-    "This process's worker threads."
+    "This process's worker threads, where torch's cannot be had."
     with _lock:
         key = os.getpid(), n
         if key not in _pools: _pools[key] = ThreadPoolExecutor(n, thread_name_prefix='aquatic')
         return _pools[key]
 
+@functools.cache
+def _team():
+    "The OpenMP runtime that torch brought along, or None: its threads are awake when torch has just used them."
+    try: lib = ctypes.CDLL('libgomp.so.1', mode=os.RTLD_NOLOAD | os.RTLD_LAZY)
+    except (OSError, AttributeError): return None
+    lib.GOMP_parallel.argtypes, lib.GOMP_parallel.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint), None
+    return lib
+
+def _in_team(lib, piece, t):
+    "piece(i) for i < t, on a team of at most t of torch's threads; an exception in any comes back here."
+    wrong = []
+    def body(_):
+        try:
+            for i in range(lib.omp_get_thread_num(), t, lib.omp_get_num_threads()): piece(i)
+        except BaseException as e: wrong.append(e)
+    call = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(body)
+    lib.GOMP_parallel(ctypes.cast(call, ctypes.c_void_p), None, t, 0)
+    if wrong: raise wrong[0]
+
+# %% ../nbs/12_cpu.ipynb #b886a465
 def run_threads(
     fn,       # compiled function (first, last, worker, *args)
     n:int,    # number of independent pieces of work
@@ -152,11 +174,17 @@ def run_threads(
     blocks = -(-n//unit)
     t = max(1, min(torch.get_num_threads(), blocks))
     cuts = [min(n, unit*(blocks*i//t)) for i in range(t + 1)]
-    rest = [_pool(t - 1).submit(fn, cuts[i], cuts[i+1], i, *args) for i in range(1, t)] if t > 1 else []
-    try: fn(cuts[0], cuts[1], 0, *args)
-    finally:
-        for r in rest: r.result()
+    def piece(i): fn(cuts[i], cuts[i+1], i, *args)
+    if t == 1 or not fn.signatures:                      # not compiled yet: that is no work for a team
+        for i in range(t): piece(i)
+    elif (lib := _team()) is not None and os.getpid() == _home: _in_team(lib, piece, t)
+    else:                                                # OpenMP does not survive a fork; Python's threads do
+        rest = [_pool(t - 1).submit(piece, i) for i in range(1, t)]
+        try: piece(0)
+        finally:
+            for r in rest: r.result()
 
+# %% ../nbs/12_cpu.ipynb #2fcf4a1a
 _scratch = threading.local()
 
 def scratch(

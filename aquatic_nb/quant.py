@@ -164,7 +164,7 @@ class WorkDir:
             try: found = json.loads(note.read_text())['fingerprint']
             except (ValueError, KeyError): raise ValueError(f'work_dir {str(path)!r}: run.json is damaged; delete the folder or give another') from None
             if found != mark: raise ValueError(f'work_dir {str(path)!r} belongs to another model or other settings; nothing was changed. Give another folder, or the model and settings it was made with')
-        elif self.path.exists() and any(p.name != 'lock' for p in self.path.iterdir()):
+        elif self.path.exists() and any(p.name != 'lock' and not p.name.startswith('.run.json.') for p in self.path.iterdir()):  # killed while it wrote its first file
             raise ValueError(f'work_dir {str(path)!r} holds files of something else; give an empty or a new folder')
         else: write_atomic(note, json.dumps({'fingerprint': mark}).encode())
 
@@ -385,6 +385,8 @@ def quant_report(
     stored = {id(p): p.nbytes for m in packed_layers(model).values() for k in m._stored if (p := getattr(m, k)) is not None}
     rest = sum(p.nbytes for p in model.parameters() if id(p) not in stored and not any(p is m.weight for m in packable(model).values()))
     n_rest = sum(p.numel() for p in model.parameters() if id(p) not in stored and not any(p is m.weight for m in packable(model).values()))
+    own = {k for k, _ in model.named_parameters(remove_duplicate=False)}
+    rest += sum(t.nbytes for k, t in model.state_dict().items() if k not in own)                   # buffers that a file holds: timesteps of activation ranges
     size = int(table['bytes'].sum())
     table.attrs.update(weights=weights, weight_bytes=size, bits=8*size/weights, parameters=weights + n_rest, total_bytes=size + rest, bits_all=8*(size + rest)/(weights + n_rest))
     return table

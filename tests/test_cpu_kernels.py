@@ -29,6 +29,7 @@ def make(kind, O, I, M, B, seed=0, int8=True, bias=True):
              'linear': lambda: nn.Linear(I, O, bias=bias), 'stride2': lambda: nn.Conv2d(I, O, 3, stride=2, padding=1, bias=bias),
              'grouped': lambda: nn.Conv2d(2*I, 2*O, 3, padding=1, groups=2, bias=bias),
              'circular': lambda: nn.Conv2d(I, O, 3, padding=1, padding_mode='circular', bias=bias)}[kind]()
+    if bias: dense.bias.data = (torch.rand(dense.bias.shape, generator=g) - .5)/dense.weight[0].numel()**.5
     scheme = Scheme(M, B, 8 if kind in ('conv1x1', 'linear') else 9, 'int8' if int8 else 'fp16')
     J = to_groups(dense.weight.detach(), scheme.group_size).shape[1]
     codes = torch.randint(0, 2**B, (len(dense.weight), J, M), generator=g).short()
@@ -72,6 +73,7 @@ def agree(layer, x, name=None):
     ref = reference(layer, x)
     fan_in = math.prod(layer.weight_shape[1:])
     scale = max(float(reference(layer, x, size=True).max())/fan_in**.5, float(ref.std()) if ref.numel() > 1 else 0.)
+    if layer.bias is not None: scale = max(scale, float(layer.bias.abs().max()))   # torch starts its sums from the bias: every addition rounds at its size
     err = float((y - ref).abs().max())/scale
     assert y.shape == ref.shape and err <= TOLERANCE.get(used, 1e-5), (used, err, tuple(x.shape), layer)
     return y

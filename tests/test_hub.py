@@ -95,6 +95,14 @@ def test_size_on_disk(packed, saved):
     assert data == quant_report(packed).attrs['total_bytes'] + 4*len(header)
     for n, m in packed_layers(packed).items(): assert sum(b - a for k in m._stored for _, _, a, b in [header.get(f'{n}.{k}', (0, 0, 0, 0))]) <= m.aq.nbytes
 
+def test_size_on_disk_with_activations(packed, tmp_path):
+    model = copy.deepcopy(packed)
+    batches = [dict(sample=X, timestep=torch.tensor(t), encoder_hidden_states=C) for t in (1, 500)]
+    hub.attach(attach_act(model, 8, batches), bits=6).save_pretrained(tmp_path)
+    path = tmp_path/'diffusion_pytorch_model.safetensors'
+    data = path.stat().st_size - 8 - int.from_bytes(path.read_bytes()[:8], 'little')
+    assert data == quant_report(model).attrs['total_bytes'] + 4*len(hub.read_header(path))
+
 def test_pickles_are_refused(packed, tmp_path):
     with pytest.raises(ValueError, match='safe_serialization'): packed.save_pretrained(tmp_path/'p', safe_serialization=False)
 

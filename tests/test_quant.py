@@ -89,6 +89,11 @@ def test_a_full_disk_is_named_and_spares_what_is_done(dense, tmp_path, monkeypat
     assert done and not list((tmp_path/'w').glob('*.tmp'))
     same(quantized(dense, calibration=None), quantized(dense, calibration=None, work_dir=tmp_path/'w'))
 
+def test_a_run_killed_at_its_first_file_goes_on(dense, tmp_path):
+    (tmp_path/'w').mkdir()
+    (tmp_path/'w'/'.run.json.abc123.tmp').write_bytes(b'{"finger')
+    same(quantized(dense, calibration=None), quantized(dense, calibration=None, work_dir=tmp_path/'w'))
+
 def test_a_work_dir_of_something_else_is_refused(dense, tmp_path):
     quantized(dense, calibration=None, work_dir=tmp_path/'w')
     kept = {f: f.read_bytes() for f in (tmp_path/'w').iterdir()}
