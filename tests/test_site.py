@@ -2,7 +2,7 @@
 
 Chromium is driven through its debugging pipe, which needs nothing but the standard library.
 """
-import contextlib, fcntl, functools, http.server, importlib.util, json, os, select, shutil, subprocess, sys, tempfile, threading, time
+import contextlib, fcntl, functools, http.server, importlib.util, json, os, re, select, shutil, subprocess, sys, tempfile, threading, time
 from pathlib import Path
 import pytest
 
@@ -17,7 +17,7 @@ def stale():
     if not (out/'index.html').exists(): return True
     made = (out/'index.html').stat().st_mtime
     sources = [o for o in [*(root/'nbs').rglob('*'), root/'tools'/'docs.py'] if o.is_file() and o.name not in ('sidebar.yml', 'nbdev.yml')]
-    return any(o.stat().st_mtime > made for o in sources if not o.name.endswith('.failed'))
+    return any(o.stat().st_mtime > made for o in sources if o.suffix != '.failed')
 
 @pytest.fixture(scope='module')
 def site():
@@ -124,49 +124,155 @@ def browser():
 
 def pages(site): return sorted(str(o.relative_to(site)) for o in site.rglob('*.html'))
 
-LOOK = '''({
+LOOK = '''(() => {
+  const prose = [...document.querySelectorAll('main p, main li, main td, main h1, main h2, main h3, main figcaption')];
+  const text = o => { if (!/[$\\\\]/.test(o.textContent)) return ''; const c = o.cloneNode(true); c.querySelectorAll('code, pre, .katex, .math').forEach(k => k.remove()); return c.textContent };
+  const lum = c => { const [r, g, b] = c.match(/[\\d.]+/g).map(v => (v /= 255) <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4); return .2126*r + .7152*g + .0722*b };
+  const ground = o => { for (; o; o = o.parentElement) { const c = getComputedStyle(o).backgroundColor; if (c.startsWith('rgb(')) return c } return getComputedStyle(document.documentElement).backgroundColor };
+  const contrast = o => { const [a, b] = [lum(getComputedStyle(o).color), lum(ground(o))].sort((x, y) => y - x); return (a + .05) / (b + .05) };
+  const seen = o => { const b = o.getBoundingClientRect(); return b.width > 4 && b.height > 4 };
+  const kinds = new Map(); // one of each kind is looked at
+  for (const o of document.querySelectorAll('main p, main td, main th, main h1, main h2, main h3, main pre, main pre span[class], main summary, #quarto-sidebar a, #TOC a')) {
+    const kind = [o.tagName, o.className, o.parentElement.tagName, o.parentElement.className].join();
+    if (!kinds.has(kind) && o.textContent.trim() && o.offsetParent) kinds.set(kind, o);
+  }
+  const inked = [...kinds.values()];
+  return {
   heading: (document.querySelector('h1') || {}).innerText || '',
-  formulas: document.querySelectorAll('.math').length,
-  shown: document.querySelectorAll('.math .katex').length,
+  formulas: document.querySelectorAll('main .math').length,
+  shown: [...document.querySelectorAll('main .math .katex')].filter(o => !o.offsetParent || seen(o)).length,
   wrong: [...document.querySelectorAll('.katex-error')].map(o => o.title + ' in ' + o.innerText),
-  raw: [...document.querySelectorAll('main p, main li, main td')].filter(o => !o.querySelector('code') && /\\$\\$|\\\\frac|\\\\sum/.test(o.innerText) && !o.querySelector('.katex')).map(o => o.innerText.slice(0, 80)),
-  pictures: [...document.images].filter(o => !(o.complete && o.naturalWidth)).map(o => o.src.slice(0, 80)),
-})'''
-WIDE = '''[document.documentElement.scrollWidth - window.innerWidth,
-  [...document.querySelectorAll('main *')].filter(o => o.getBoundingClientRect().right > window.innerWidth + 1 && !o.closest('pre, .katex, .katex-display, .params, .cell-output, .cell-output-display, table, .sourceCode')).slice(0, 5).map(o => o.tagName + '.' + o.className + ' ' + o.innerText.slice(0, 40))]'''
+  raw: prose.filter(o => /\\$\\$|\\\\(frac|sum|hat|le)\\b|\\$[A-Za-z\\\\][^$\\s]*\\$/.test(text(o))).map(o => o.innerText.slice(0, 80)),
+  broken: [...document.images].filter(o => !(o.complete && o.naturalWidth && seen(o))).map(o => o.src.slice(0, 80)),
+  pictures: document.querySelectorAll('main img').length,
+  faint: inked.filter(o => contrast(o) < 3).slice(0, 4).map(o => o.tagName + '.' + o.className + ' ' + contrast(o).toFixed(1) + ' ' + o.textContent.slice(0, 40)),
+}})()'''
+# what sticks out to the right and cannot be scrolled to inside a box of its own
+WIDE = '''(() => {
+  const kept = o => { for (o = o.parentElement; o && o.tagName != 'MAIN'; o = o.parentElement) if (/auto|scroll/.test(getComputedStyle(o).overflowX)) return true; return false };
+  const far = [...document.querySelectorAll('main *')].filter(o => o.getBoundingClientRect().right > window.innerWidth + 1 && o.offsetParent && !/auto|scroll/.test(getComputedStyle(o).overflowX) && !kept(o));
+  return [document.documentElement.scrollWidth - window.innerWidth, far.slice(0, 3).map(o => o.tagName + '.' + o.className + ' ' + o.innerText.slice(0, 40))] })()'''
+
+def plots(page):
+    "Number of pictures that the notebook behind a page holds, and whether it has formulas; None for the generated page."
+    name = Path(page)
+    found = [o for o in (root/'nbs'/name.parent).glob('*.ipynb') if re.sub(r'^\d+[a-z]?_', '', o.stem) == name.stem]
+    if not found: return None
+    cells = json.loads(found[0].read_text(encoding='utf-8'))['cells']
+    shown = [c for c in cells if not re.search(r'^#\|\s*(hide|include:\s*false)', ''.join(c['source']), re.M)]
+    prose = ''.join(''.join(c['source']) for c in shown if c['cell_type'] == 'markdown')
+    images = sum('image/png' in o.get('data', {}) for c in shown for o in c.get('outputs', [])) + len(re.findall(r'!\[', prose))
+    return images, '$$' in re.sub(r'```.*?```', '', prose, flags=re.S)
+
+def wanted():
+    "Pages that there have to be: one for each notebook, and the reference."
+    books = [o.relative_to(root/'nbs') for o in (root/'nbs').rglob('*.ipynb') if not any(p[0] in '._' for p in o.relative_to(root/'nbs').parts)]
+    return {o.with_name(re.sub(r'^\d+[a-z]?_', '', o.stem) + '.html').as_posix() for o in books} | {'api.html'}
+
+def test_every_page_is_there(site):
+    "Each notebook has its page; every module is on the page of all functions."
+    assert set(pages(site)) >= wanted() and len(wanted()) > 25
+    api = (site/'api.html').read_text(encoding='utf-8')
+    for o in (root/'aquatic_nb').glob('*.py'):
+        if o.stem[0] != '_': assert f'aquatic_nb.{o.stem}' in api, o.stem
+
+def test_notebooks_open_with_a_question_and_close_with_limits():
+    "The book's form: title, one line, the question; at the end what was found, and its limits. No chapter grows too large."
+    for path in (root/'nbs').rglob('*.ipynb'):
+        if '.ipynb_checkpoints' in path.parts: continue
+        assert path.stat().st_size < 600_000, path.name
+        prose = [''.join(c['source']) for c in json.loads(path.read_text(encoding='utf-8'))['cells'] if c['cell_type'] == 'markdown']
+        assert re.match(r'# .+\n\n> .+', prose[0]), path.name
+        heads = [o for text in prose for o in re.findall(r'^## .+', text, re.M)]
+        assert len(heads) == len(set(heads)), (path.name, 'two sections of one name')
+        if path.stem == 'index': continue
+        assert prose[1].startswith('**The question'), path.name
+        assert re.match(r'## (What this|What we have|The answer|Answer)', heads[-1]) and 'imit' in '\n'.join(prose).rsplit(heads[-1], 1)[1] + heads[-1], path.name
+    kept = [o for o in (root/'nbs').rglob('*') if o.is_file() and o.suffix != '.failed' and '.ipynb_checkpoints' not in o.parts]
+    assert sum(o.stat().st_size for o in kept) < 6_000_000
+
+def test_links_lead_somewhere(site):
+    "The checks of tools/docs.py pass for the site as it is, and would notice a dead link, a dead anchor and a script from elsewhere."
+    check = [sys.executable, '-c', "import sys; from pathlib import Path; sys.path.insert(0, 'tools'); import docs; docs.out = Path(sys.argv[1]); print(docs.check())"]
+    good = subprocess.run([*check, site], cwd=root, capture_output=True, text=True, timeout=120)
+    assert good.returncode == 0, good.stderr
+    with tempfile.TemporaryDirectory() as folder:
+        bad = Path(folder)/'site'
+        shutil.copytree(site, bad)
+        (bad/'aq.html').write_text((bad/'aq.html').read_text(encoding='utf-8') + '<a href="nowhere.html">x</a><a href="index.html#no-such-place">x</a><script src="https://example.org/x.js"></script>', encoding='utf-8')
+        said = subprocess.run([*check, bad], cwd=root, capture_output=True, text=True, timeout=120)
+    assert said.returncode and all(o in said.stderr for o in ('nowhere.html', 'no-such-place', 'example.org')), said.stderr
+
+def problems_of(page, seen):
+    "What is wrong with a page that was looked at, in words."
+    if not seen['heading']: yield 'no heading'
+    if seen['formulas'] != seen['shown'] or seen['wrong'] or seen['raw']: yield f"formulas: {seen['shown']} of {seen['formulas']} shown, {seen['wrong']} {seen['raw']}"
+    if seen['broken']: yield f"pictures: {seen['broken']}"
+    if seen['faint']: yield f"hardly readable: {seen['faint']}"
+    expected = plots(page)
+    if expected and seen['pictures'] < expected[0]: yield f"{seen['pictures']} pictures, its notebook has {expected[0]}"
+    if expected and expected[1] and not seen['shown']: yield 'no formula, its notebook has some'
 
 def test_every_page_renders(site, url, browser):
-    "Each page, on a desk and on a phone: a heading, all formulas, all pictures, no complaint, nothing wider than the screen."
-    problems, formulas = [], 0
-    assert 'index.html' in pages(site) and 'api.html' in pages(site)
+    "Each page, light on a desk and dark on a phone: heading, formulas, pictures, contrast, no complaint, nothing wider than the screen."
+    problems = []
     for page in pages(site):
-        browser.size(1300, 900)
-        browser.go(url + page)
-        seen = browser.js(LOOK)
-        formulas += seen['shown']
-        if not seen['heading']: problems.append(f'{page}: no heading')
-        if seen['formulas'] != seen['shown'] or seen['wrong'] or seen['raw']: problems.append(f'{page}: formulas {seen}')
-        if seen['pictures']: problems.append(f"{page}: pictures {seen['pictures']}")
-        problems += [f'{page}: {o}' for o in browser.complaints(url)]
-        browser.size(390, 800)
-        over, what = browser.js(WIDE)
-        if over > 1: problems.append(f'{page}: {over} px wider than a phone: {what}')
+        for name, width, dark in (('desk', 1300, False), ('phone, dark', 390, True)):
+            browser.size(width, 850)
+            browser.dark(dark)
+            browser.go(url + page)
+            over, what = browser.js(WIDE)
+            if over > 1 or what: problems.append(f'{page}, {name}: {over} px too wide: {what}')
+            problems += [f'{page}, {name}: {o}' for o in (*problems_of(page, browser.js(LOOK)), *browser.complaints(url))]
+    browser.dark(False)
     assert not problems, '\n'.join(problems)
-    assert formulas > 0
+
+def test_the_checks_can_fail(url, browser):
+    "What the test above looks for is noticed where it is put into a page by hand."
+    browser.size(390, 850)
+    browser.go(url + 'aq.html')
+    browser.js("""document.querySelector('main').insertAdjacentHTML('beforeend', '<p>so $x_1$ is</p><p class="odd" style="color: #ddd; background: #fff">faint</p><img src="no.png"><div style="width: 900px">wide</div>');
+        document.querySelector('main .math').innerHTML = 'x'; console.error('oh'); new Promise(done => setTimeout(done, 200))""")
+    said = '\n'.join(problems_of('aq.html', browser.js(LOOK))) + '\n'.join(browser.complaints(url)) + str(browser.js(WIDE))
+    for o in ('$x_1$', 'shown', 'no.png', 'faint', 'oh', 'wide'): assert o in said, (o, said)
+
+FIND = """(async name => {
+    const o = [...document.querySelectorAll('.smalldocs-search input, #quarto-search input')].find(o => o.offsetParent);
+    o.focus(); o.value = name; o.dispatchEvent(new Event('input', {bubbles: true}));
+    for (let i = 0; i < 100; i++) {
+        const hits = [...document.querySelectorAll('.search-result, .aa-Item a')].map(o => o.href);
+        if (hits.length) return hits;
+        await new Promise(done => setTimeout(done, 50));
+    }
+    return []
+})"""
 
 def test_search_finds(site, url, browser):
-    "Typing a name lists the place that explains it."
-    name = 'quantize_unet' if (site/'quant.html').exists() else 'write_atomic'
+    "From every page, typing a name lists the place that explains it, by an address that exists; a name that is nowhere finds nothing of the kind."
     browser.size(1300, 900)
+    for page in pages(site):
+        browser.go(url + page)
+        hits = browser.js(f"{FIND}('quantize_unet')")
+        assert any(o.startswith(url + 'quant.html') for o in hits), (page, hits)
+        assert all((site/o[len(url):].split('#')[0].split('?')[0]).exists() for o in hits), (page, hits)
     browser.go(url + 'index.html')
-    browser.js(f"""(() => {{ const o = [...document.querySelectorAll('.smalldocs-search input, #quarto-search input')].find(o => o.offsetParent);
-        o.focus(); o.value = '{name}'; o.dispatchEvent(new Event('input', {{bubbles: true}})); }})()""")
-    hits = []
-    for _ in range(50):
-        hits = browser.js("[...document.querySelectorAll('.search-result, .aa-Item a')].map(o => o.getAttribute('href'))")
-        if hits: break
-        time.sleep(0.1)
-    assert any(name in o or 'quant.html' in o or 'core.html' in o for o in hits), hits
+    assert not any('quant.html' in o for o in browser.js(f"{FIND.replace('100', '10')}('qxzvw')"))
+
+def test_search_reaches_all_functions(site):
+    "Each entry of the page of all functions is in the index of the search, with its own anchor."
+    if not (site/'search.json').exists(): pytest.skip('this build keeps its index elsewhere')
+    index = {o['href'] for o in json.loads((site/'search.json').read_text(encoding='utf-8'))}
+    entries = set(re.findall(r'href="(?:\./)?(\w+\.html#\w+)"><code', (site/'api.html').read_text(encoding='utf-8')))
+    assert len(entries) > 300
+    assert not entries - index, sorted(entries - index)[:10]
+
+def test_works_from_the_disk(site, browser):
+    "Opened as a file, without a server: formulas and the search."
+    browser.size(1300, 900)
+    browser.go((site/'aq.html').as_uri())
+    seen = browser.js(LOOK)
+    assert seen['formulas'] == seen['shown'] > 10
+    assert any('quant.html' in o for o in browser.js(f"{FIND}('quantize_unet')"))
 
 def test_light_and_dark(url, browser):
     "The page follows the reader's system, and stays readable either way."
