@@ -390,7 +390,7 @@ class OpenVinoUNet(nn.Module):
         int8=False, # weights in 8 bits, by NNCF
     ):
         super().__init__()
-        ov, self.config, self.dtype = import_module('openvino'), unet.config, torch.float32
+        ov, self.config, self.dtype, self.device = import_module('openvino'), unet.config, torch.float32, torch.device('cpu')
         class Plain(nn.Module):
             def __init__(self): super().__init__(); self.unet = unet
             def forward(self, sample, timestep, cond): return self.unet(sample, timestep, cond, return_dict=False)[0]

@@ -16,7 +16,9 @@ import copy
 import fnmatch
 import hashlib
 import math
+import os
 import re
+import sys
 from contextlib import contextmanager
 
 import matplotlib.pyplot as plt
@@ -690,6 +692,18 @@ def allocate(
     picked = _knapsack(groups, int(budget_bytes), seconds, [codebook_bytes(parse_option(o)) for o in shared])
     return {p.layer.iloc[0]: parse_option(p.option.iloc[i]) for p, i in zip(parts, picked)}
 
+# %% ../nbs/08_laq.ipynb #d978d392
+@contextmanager
+def _aside():
+    "What a library prints to the process's standard output goes to standard error: HiGHS says a line now and then, and that would spoil `--json`."
+    try: sys.stdout.flush(); kept = os.dup(1)
+    except (OSError, ValueError, AttributeError): kept = None
+    try:
+        if kept is not None: os.dup2(2, 1)
+        yield
+    finally:
+        if kept is not None: os.dup2(kept, 1); os.close(kept)
+
 # %% ../nbs/08_laq.ipynb #bab991c2
 def _knapsack(groups, budget, seconds=60., books=()):
     """Index of the chosen option of each group (bytes, damages, and which of the shared `books` it needs, -1 for none): exact, by mixed-integer
@@ -711,7 +725,7 @@ def _knapsack(groups, budget, seconds=60., books=()):
     weight, aim = np.concatenate([size, books]), np.concatenate([hurt, np.zeros(len(books))])
     cost = lambda picked: int(sum(g[0][i] for g, i in zip(groups, picked)) + sum(books[b] for b in {g[2][i] for g, i in zip(groups, picked)} - {-1}))
     for _ in range(3):
-        found = milp(aim, integrality=np.ones_like(aim), bounds=Bounds(0, 1), options=dict(time_limit=seconds, mip_rel_gap=0),
+        with _aside(): found = milp(aim, integrality=np.ones_like(aim), bounds=Bounds(0, 1), options=dict(time_limit=seconds, mip_rel_gap=0),
                      constraints=[LinearConstraint(one, 1, 1), LinearConstraint(weight[None], -np.inf, room), *([LinearConstraint(need, -np.inf, 0)] if len(use) else [])])
         if found.x is None: return known
         picked = [int(k[found.x[:n][owner == g].argmax()]) for g, k in enumerate(keep)]
