@@ -12,6 +12,7 @@ __all__ = ['PEERS', 'TUNED', 'COLUMNS', 'uniform_grid', 'uniform_round', 'round_
 
 # %% ../nbs/17_bench.ipynb #3670ce03
 import copy
+import ctypes
 import gc
 import inspect
 import io
@@ -496,10 +497,12 @@ def resident_mib(
 )->float:       # MiB; NaN where the system does not say
     "Memory of this process (Linux)."
     try:
-        if reset: Path('/proc/self/clear_refs').write_text('5')
+        if reset:
+            ctypes.CDLL(None).malloc_trim(0)                                   # what was freed goes back to the system
+            Path('/proc/self/clear_refs').write_text('5')
         lines = dict(o.split(':', 1) for o in Path('/proc/self/status').read_text().splitlines())
         return int(lines['VmHWM' if peak else 'VmRSS'].split()[0])/1024
-    except OSError: return math.nan
+    except (OSError, AttributeError): return math.nan
 
 def file_mb(
     unet, # the U-Net of a row
@@ -523,7 +526,7 @@ def measure_peer(
 )->dict:              # the row's numbers
     "Make, time, sample and judge one row."
     gc.collect()
-    row, start, other, before = {}, time.process_time(), copy.copy(pipe), resident_mib()
+    row, start, other, before = {}, time.process_time(), copy.copy(pipe), resident_mib(reset=True)
     other.unet, stored = peer.make(pipe)
     row['minutes'] = (time.process_time() - start)/60
     row |= count_bits(pipe.unet, stored)

@@ -257,6 +257,7 @@ def encode_model(
             ready = {n: work.get(n, tuple(layers[n].weight.shape), schemes[n]) for n in wave}
             ready = once(lambda: ready)
             todo = [n for n in wave if ready[n] is None]
+            moments = None                                                       # those of the last wave go before the next are measured
             moments = input_moments(student, batches, wave, model if sequential else None, seed=seed, workers=workers) if todo and batches else {}
             made = (spread or in_order)(lambda n: _encode_one(n, layers[n], moments, schemes[n], options, seed, books.get(schemes[n])), todo, workers)
             for n, result in zip(todo, made):
