@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['INT8', 'PER_STEP', 'scheme_bytes', 'plan_bits', 'richest_uniform', 'resolve_overrides', 'plan', 'fingerprint',
-           'WorkDir', 'make_waves', 'encode_model', 'quantize_unet', 'pack', 'quant_report']
+           'WorkDir', 'make_waves', 'encode_model', 'quantize_unet', 'quantize', 'pack', 'quant_report']
 
 # %% ../nbs/11_quant.ipynb #1e13ab7f
 import copy
@@ -335,8 +335,17 @@ def _quantize(unet, work, fixed, calibration, tune, s, memory, workers, show, sp
     dense = None if tune is None else copy.deepcopy(unet).requires_grad_(False)
     pack(unet, done)
     if s['act_bits'] is not None: attach_act(unet, s['act_bits'], few, layers=[n for n in packed_layers(unet) if n not in ('conv_in', 'conv_out')], seed=seed)
-    if tune is not None: _tune(unet, dense, calibration, tune, batches, guidance, seed, work.path and work.path/'tuning.pt', show)
+    if tune is not None: _tune(unet, dense, calibration, tune, batches, guidance, seed, work.path and work.path/'tuning.pt', show, spread)
     importlib.import_module('aquatic_nb.hub').attach(unet, bits=s['bits'])    # a door above this one, asked for only when there is something to save
+
+# %% ../nbs/11_quant.ipynb #970b8e6c
+def quantize(
+    model:nn.Module, # any diffusers model made of Conv2d and Linear; changed in place
+    bits:float=2,    # average stored bits over all conv and linear weights
+    **options,       # of `quantize_unet`
+)->nn.Module:        # the same model, packed, in eval mode
+    "`quantize_unet` under a name that suits transformers and other models that are no U-Nets."
+    return quantize_unet(model, bits, **options)
 
 # %% ../nbs/11_quant.ipynb #14bebd5c
 def _choose_schemes(model, bits, batches, fixed, laq, codebook_dtype, work_dir, seed, memory, workers, guidance_scale, scheduler, show):
@@ -361,12 +370,12 @@ def pack(
         layer.info = {k: info[k] for k in ('error', 'seconds')}
         swap(model, n, layer)
 
-def _tune(unet, dense, pipe, tune, batches, guidance_scale, seed, checkpoint, show):
+def _tune(unet, dense, pipe, tune, batches, guidance_scale, seed, checkpoint, show, spread):
     "Distillation from the dense model over a range of guidance, judged on noise that it is not trained on; timesteps count by the root of what they are worth."
     config = tune if isinstance(tune, TuneConfig) else TuneConfig(minutes=tune, seed=seed, bf16=True)
     teacher, held = (Teacher(dense, pipe.scheduler, class_conditions(pipe), n_walks=n, guidance_scale=(1., 4.), seed=s) for n, s in ((8 if (config.minutes or 9) < 4 else 16, 2*seed), (1, 2*seed + 1)))
     weights = timestep_weights(dense, split_points(batches)[1], guidance_scale, pipe.scheduler, .5)
-    distill(unet, teacher, config, held=held, weights=weights, checkpoint=checkpoint, show=show)
+    distill(unet, teacher, config, held=held, weights=weights, checkpoint=checkpoint, show=show, spread=spread)
 
 # %% ../nbs/11_quant.ipynb #6742548e
 def quant_report(

@@ -12,7 +12,7 @@ from aquatic_nb.aq import stored_bytes
 from aquatic_nb.core import generator
 from aquatic_nb.kaq import packable
 from aquatic_nb.layers import packed_layers
-from aquatic_nb.quant import plan, quant_report, quantize_unet
+from aquatic_nb.quant import plan, quant_report, quantize, quantize_unet
 from aquatic_nb.zoo import ClassConditionalLDMPipeline, ClassEmbedding, ldm_scheduler
 from packed_models import fill, plain
 
@@ -132,7 +132,7 @@ def test_dit_keeps_its_embedders_and_packs_adaln():
     assert len(classes) == 2 and (table.scheme[classes] == 'dense').all() # one copy in each block
     ada = [n for n in table.index if n.endswith('norm1.linear')]
     assert len(ada) == 2 and (table.scheme[ada] != 'dense').all()
-    quantize_unet(model, 7, calibration=pipe, **QUICK)
+    quantize(model, 7, calibration=pipe, **QUICK)
     a, b = (model.get_submodule(n).weight for n in classes)
     assert a.dtype == torch.float32 and a.shape == b.shape and set(ada) <= set(packed_layers(model))
 
