@@ -366,16 +366,17 @@ def row_gains(
     try:
         hooks = [probe.unet.get_submodule(k).register_forward_hook(watch(k)) for k in names]
         for k, q in probe.unet.named_parameters(): q.requires_grad_(k.endswith('.bias'))
-        for r in range(passes):
-            done = 0
-            for i, (p, spans) in enumerate(probe.merged):
-                now['guided'] = probe.guided[i]
-                x = {k: (v.clone().requires_grad_() if torch.is_tensor(v) and v.is_floating_point() else v) for k, v in p.items()}
-                with torch.enable_grad(): eps = epsilon(probe.unet, x, probe.scale, probe.guided[i])
-                scale = torch.cat([torch.full((b - a,), w/(b - a)) for (a, b), w in zip(spans, probe.weights[done:])]).sqrt().float()
-                v = torch.randn(eps.shape, generator=generator(seed, 'gain', r, i))*scale.reshape(-1, 1, 1, 1)
-                eps.backward(v.to(eps))
-                done += len(spans)
+        with single_thread():                                    # sums in one order: shared codebooks hang on the last bits
+            for r in range(passes):
+                done = 0
+                for i, (p, spans) in enumerate(probe.merged):
+                    now['guided'] = probe.guided[i]
+                    x = {k: (v.clone().requires_grad_() if torch.is_tensor(v) and v.is_floating_point() else v) for k, v in p.items()}
+                    with torch.enable_grad(): eps = epsilon(probe.unet, x, probe.scale, probe.guided[i])
+                    scale = torch.cat([torch.full((b - a,), w/(b - a)) for (a, b), w in zip(spans, probe.weights[done:])]).sqrt().float()
+                    v = torch.randn(eps.shape, generator=generator(seed, 'gain', r, i))*scale.reshape(-1, 1, 1, 1)
+                    eps.backward(v.to(eps))
+                    done += len(spans)
         size = eps[0].numel()
     finally:
         for h in hooks: h.remove()
@@ -890,11 +891,10 @@ def remeasure(
     rest, points = split_points(batches, held_out)
     probe, weights = Probe(unet, points, guidance_scale, scheduler), quick_encode(unet, rest, choice, **options)
     alone = table.set_index(['layer', 'option']).damage
-    ratio, whole = {}, probe.judge(weights)
-    for n in weights:
-        without = probe.judge({k: w for k, w in weights.items() if k != n})
-        expected = float(alone.get((n, str(choice[n])), 0.))
-        ratio[n] = 1. if expected == 0 else min(max((whole - without)/expected, 1/limit), limit)
+    with single_thread():
+        whole, others = probe.judge(weights), {n: probe.judge({k: w for k, w in weights.items() if k != n}) for n in weights}
+    expected = {n: float(alone.get((n, str(choice[n])), 0.)) for n in weights}
+    ratio = {n: min(max((whole - others[n])/e, 1/limit), limit) for n, e in expected.items() if e}
     return table.assign(damage=table.damage*table.layer.map(ratio).fillna(1.))
 
 # %% ../nbs/08_laq.ipynb #175d5f23

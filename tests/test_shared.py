@@ -51,6 +51,16 @@ def test_learning_lowers_the_summed_loss():
     zero = [(torch.zeros(4, 16), None, 1.), (torch.zeros(2, 16), torch.zeros(16, 16), 1.)]
     assert torch.isfinite(share_codebooks(zero, scheme)).all()
 
+def test_the_table_does_not_depend_on_threads(dense, batches):
+    "What is shared is learned with weights from this table: its last bits reach the file."
+    before, found = torch.get_num_threads(), []
+    try:
+        for n in (1, 2):
+            torch.set_num_threads(n)
+            found.append(sensitivity(dense, batches, cheap=True, workers=n, show=False))
+    finally: torch.set_num_threads(before)
+    assert found[0].equals(found[1])
+
 def test_one_parameter_counted_once(model, dense):
     unet, schemes = model
     sets = {}
