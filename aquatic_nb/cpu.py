@@ -330,13 +330,15 @@ def _decode_row(e, books, codes, groups, n_books, width, scale, out, off):
 
 @_jit
 def _decode_simd(lo, hi, worker, low, high, bits, J, books, d, scales, N, spare, codes, out):
-    "Rows lo..hi-1 of the dense weight; the row is built beside and copied, so that nothing is written past its end."
+    "Rows lo..hi-1 of the dense weight. What a row writes past its end the next row overwrites; the last ones are built beside and copied."
     M = len(books)
-    c, row = codes[worker], spare[worker]
+    c, row, flat = codes[worker], spare[worker], out.reshape(-1)
     for o in range(lo, hi):
         _unpack_range(low, high, bits, o*J*M, J*M, c, True)
-        _decode_row(books, c, J, M, d, scales[o], row, 0)
-        out[o] = row[:N]
+        if o*N + J*d + 16 <= hi*N: _decode_row(books, c, J, M, d, scales[o], flat, o*N)
+        else:
+            _decode_row(books, c, J, M, d, scales[o], row, 0)
+            out[o] = row[:N]
 
 @_jit
 def _decode_loops(lo, hi, worker, low, high, bits, J, books, d, scales, N, spare, codes, out):
@@ -360,6 +362,8 @@ def decode_dense(
 )->np.ndarray: # float32 [O, N]
     "Dense rows of a packed layer."
     out = np.empty((p.O, N), np.float32) if out is None else out
+    if out.shape != (p.O, N) or out.dtype != np.float32 or not out.flags.c_contiguous or not 0 < N <= p.J*p.d:
+        raise ValueError(f'layer {p.name!r}: out is {out.dtype} {out.shape}, expected contiguous float32 ({p.O}, N), N at most {p.J*p.d} (groups of {p.d})')
     fast = use_simd() and p.d <= 16
     if fast: books = p.table('f32x16', lambda b: np.pad(b.astype(np.float32), ((0, 0), (0, 16 - p.d))))
     else: books = p.table('f32', lambda b: b.astype(np.float32))

@@ -152,6 +152,27 @@ def cpu_run(layer, x, name):
     return layer(x)
 
 
+@pytest.mark.parametrize('I,O', [(1, 1), (1, 7), (3, 40), (8, 5), (23, 33), (64, 96)])
+@pytest.mark.parametrize('kind', ['conv3x3', 'linear'])
+@pytest.mark.parametrize('threads', [1, 2, 3])
+def test_decode_writes_its_rows_and_nothing_else(kind, I, O, threads):
+    "Rows are written sixteen floats at a time, past their end: never past the end of what was asked for, nor into another thread's rows."
+    layer, before = make(kind, O, I, 2, 9), torch.get_num_threads()
+    N = math.prod(layer.weight_shape[1:])
+    room = np.full(O*N + 64, 7., np.float32)
+    try:
+        torch.set_num_threads(threads)
+        for _ in range(5): cpu.decode_dense(cpu.packed_of(layer), N, room[32:32 + O*N].reshape(O, N))
+    finally: torch.set_num_threads(before)
+    assert (room[:32] == 7).all() and (room[-32:] == 7).all()
+    np.testing.assert_allclose(room[32:-32], layer.weight.detach().numpy().ravel(), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize('out', [np.empty((4, 9), np.float32), np.empty((5, 10), np.float32), np.empty((5, 9)), np.empty((9, 5), np.float32).T])
+def test_decode_refuses_another_buffer(out):
+    with pytest.raises(ValueError, match='contiguous float32'): cpu.decode_dense(cpu.packed_of(make('conv3x3', 5, 1, 2, 9)), 9, out)
+
+
 def test_two_python_threads_at_once():
     layers = [make('conv3x3', 48, 24, 2, 9, s) for s in range(2)] + [make('linear', 96, 64, 2, 8, s) for s in range(2)]
     xs = [torch.randn(2, 24, 16, 16)]*2 + [torch.randn(64, 64)]*2
