@@ -174,10 +174,12 @@ def compare(
     reference:Tensor=None, # [n, C, H, W] of full precision, same noise and classes
     classifier=None,       # callable: images in [-1, 1] -> logits
     labels=None,           # [n] classes that were asked for; None: 0 to 9 in turn
-)->dict:                   # psnr in dB where there is a reference, accuracy where there is a classifier
+)->dict:                   # psnr and psnr_mean (over images, each at most 100) in dB where there is a reference, accuracy where there is a classifier
     "PSNR against the reference and class accuracy."
     out = {}
-    if reference is not None: out['psnr'] = psnr_of((images - reference).double().square().mean((1, 2, 3)).numpy())
+    if reference is not None:
+        mse = (images - reference).double().square().mean((1, 2, 3)).numpy()
+        out |= dict(psnr=psnr_of(mse), psnr_mean=float(np.mean(-10*np.log10(mse.clip(1e-10)))))
     if classifier is not None:
         asked = torch.as_tensor([i % 10 for i in range(len(images))] if labels is None else labels)
         out['accuracy'] = float((torch.cat([classifier(o*2 - 1).argmax(1) for o in images.split(100)]) == asked).float().mean())
@@ -540,7 +542,7 @@ def measure_peer(
     return row | evaluate_images(images, judge.reference, judge.extractor, ('fd', 'sfd', 'isc')).drop(['images', 'ISC std']).to_dict()
 
 # %% ../nbs/17_bench.ipynb #2c88fcf9
-COLUMNS = ['method', 'package', 'layers', 'bits', 'bits_all', 'psnr', 'accuracy', 'FD', 'sFD', 'ISC', 'unet_ms', 'peak_mib', 'file_mb', 'minutes', 'note', 'date']
+COLUMNS = ['method', 'package', 'layers', 'bits', 'bits_all', 'psnr', 'psnr_mean', 'accuracy', 'FD', 'sFD', 'ISC', 'unet_ms', 'peak_mib', 'file_mb', 'minutes', 'note', 'date']
 
 def dense_images(
     pipe,       # pipeline with the dense U-Net
@@ -564,7 +566,7 @@ def read_peers(
     if not Path(path).exists(): return pd.DataFrame(columns=COLUMNS)
     first = Path(path).read_text(encoding='utf-8').splitlines()[0]
     if command and first != f'# command: {command}': raise ValueError(f'{path} was made with other settings ({first[11:]}); give another file, or those settings')
-    return pd.read_csv(path, comment='#', keep_default_na=False, na_values=['']).fillna({'package': '', 'note': '', 'layers': ''})
+    return pd.read_csv(path, comment='#', keep_default_na=False, na_values=['']).reindex(columns=COLUMNS).fillna({'package': '', 'note': '', 'layers': ''})
 
 # %% ../nbs/17_bench.ipynb #d67e402f
 def run_peers(
@@ -613,7 +615,7 @@ def peers_text(
     table:pd.DataFrame, # as `run_peers` gives
 )->str:                 # markdown
     "The table for people, numbers rounded."
-    digits = dict(bits=2, bits_all=2, psnr=1, accuracy=3, FD=2, sFD=2, ISC=2, unet_ms=0, peak_mib=0, file_mb=1, minutes=2)
+    digits = dict(bits=2, bits_all=2, psnr=1, psnr_mean=1, accuracy=3, FD=2, sFD=2, ISC=2, unet_ms=0, peak_mib=0, file_mb=1, minutes=2)
     def say(k, v):
         if isinstance(v, float) and math.isnan(v): return ''
         return f'{v:.{digits[k]}f}' if k in digits and isinstance(v, (int, float)) else str(v)

@@ -676,6 +676,7 @@ def allocate(
     budget_bytes:int,    # for all layers of the table together
     *,
     overrides:dict=None, # shell pattern on the layer's name -> option (Scheme, 'dense', or its text); later patterns win
+    share_gain:float=1.2, # codebooks are shared where that promises damages this many times lower; 1: where it promises anything
     seconds:float=60.,   # at most; the solver's best is taken then
 )->dict:                 # layer -> Scheme or 'dense'
     "The choice of options with the least summed damage within a budget: a multiple-choice knapsack, solved exactly."
@@ -690,7 +691,7 @@ def allocate(
         raise ValueError(f'budget of {int(budget_bytes)} bytes ({budget_bytes*8/weights:.3f} bits a weight) is below what these layers and options can do; the nearest possible is {least} bytes ({least*8/weights:.3f} bits a weight)')
     shared = {o: i for i, o in enumerate(dict.fromkeys(o for p in parts for o in p.option[p.held]))}
     groups = [(p.bytes.to_numpy(np.int64), p.damage.to_numpy(float), p.option.map(shared).fillna(-1).to_numpy(int)) for p in parts]
-    picked = _knapsack(groups, int(budget_bytes), seconds, [codebook_bytes(parse_option(o)) for o in shared])
+    picked = _share_or_not(groups, int(budget_bytes), seconds, [codebook_bytes(parse_option(o)) for o in shared], share_gain)
     return {p.layer.iloc[0]: parse_option(p.option.iloc[i]) for p, i in zip(parts, picked)}
 
 # %% ../nbs/08_laq.ipynb #d978d392
@@ -706,6 +707,15 @@ def _aside():
         if kept is not None: os.dup2(kept, 1); os.close(kept)
 
 # %% ../nbs/08_laq.ipynb #bab991c2
+def _share_or_not(groups, budget, seconds, books, share_gain):
+    "The better of the allocations with and without shared codebooks, which have to earn `share_gain`."
+    own = [np.flatnonzero(g[2] < 0) for g in groups]
+    alone = [int(k[i]) for k, i in zip(own, _knapsack([tuple(v[k] for v in g) for g, k in zip(groups, own)], budget, seconds))]
+    if not books: return alone
+    both = _knapsack(groups, budget, seconds, books)
+    total = lambda picked: sum(g[1][i] for g, i in zip(groups, picked))
+    return both if share_gain*total(both) < total(alone) else alone
+
 def _knapsack(groups, budget, seconds=60., books=()):
     """Index of the chosen option of each group (bytes, damages, and which of the shared `books` it needs, -1 for none): exact, by mixed-integer
     programming. Each of the `books` is paid for once, when some option needs it."""

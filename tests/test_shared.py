@@ -2,6 +2,7 @@
 import copy, os
 
 import aquatic_nb # noqa: F401  first: torchvision may lack its operators
+import pandas as pd
 import pytest
 import torch
 
@@ -10,7 +11,7 @@ from aquatic_nb.beam import encode_rows, share_codebooks
 from aquatic_nb.calib import calibration_batches
 from aquatic_nb.hub import attach, load_quantized, save_quantized
 from aquatic_nb.kaq import natural_group_size, packable
-from aquatic_nb.laq import ANCHORS, allocate, bits_to_bytes, price, sensitivity, share_sets, shared_menu
+from aquatic_nb.laq import ANCHORS, allocate, bits_to_bytes, effective_bits, menu, option_bytes, price, sensitivity, share_sets, shared_menu
 from aquatic_nb.layers import packed_layers, stored_sizes
 from aquatic_nb.quant import WorkDir, encode_model, pack, quant_report, quantize_unet
 from aquatic_nb.semi_pv import SeMIPV, close_layers, open_layers, param_groups
@@ -152,6 +153,22 @@ def test_allocation_pays_once_and_resumes(dense, batches, tmp_path):
     own = sum(price(table, {n: o})[0] for n, o in choice.items())
     assert own - price(table, choice)[0] == sum(codebook_bytes(o)*(sum(c == o for c in choice.values()) - 1) for o in shared)
     assert {(o.n_codebooks, o.codebook_bits) for o in shared_menu('self v', 8)} >= set(ANCHORS)
+
+def test_sharing_has_to_earn_its_keep():
+    "A promise below `share_gain` is not taken; one above it is; and whatever is chosen fits the budget."
+    layers = {f'down_blocks.0.attentions.{i}.transformer_blocks.0.attn1.to_q': torch.nn.Linear(64, 64) for i in range(6)}
+    rows = [dict(layer=n, kind='self q/k', shape='64x64', option=str(o), bytes=option_bytes(o, (64, 64)), weights=4096, model='m',
+                 damage=0. if o == 'dense' else 4.**(-effective_bits(o)/8))
+            for n, m in layers.items() for o in menu(m) + shared_menu('self q/k', 8)]
+    table = pd.DataFrame(rows)
+    budget = bits_to_bytes(table, 2.5)
+    found = {g: allocate(table, budget, share_gain=g) for g in (1, 1.2, 1e9)}
+    damage = {g: price(table, c)[1] for g, c in found.items()}
+    shares = {g: any(o != 'dense' and o.share for o in c.values()) for g, c in found.items()}
+    assert all(price(table, c)[0] <= budget for c in found.values()) and shares[1] and not shares[1e9]
+    assert damage[1] < damage[1e9] and shares[1.2] == (1.2*damage[1] < damage[1e9])
+    close = allocate(table, budget, share_gain=damage[1e9]/damage[1]*1.001), allocate(table, budget, share_gain=damage[1e9]/damage[1]*.999)
+    assert price(table, close[0])[1] == pytest.approx(damage[1e9]) and price(table, close[1])[1] == pytest.approx(damage[1])
 
 def test_overrides_do_not_share(dense):
     with pytest.raises(ValueError, match='shares codebooks'): quantize_unet(copy.deepcopy(dense), 6, overrides={'*to_q': Scheme(2, 3, 8, share='mine')}, calibration=None, progress=False)
