@@ -453,15 +453,17 @@ def straight_through_unet(
     bits:int=2,   # of a weight
     group:int=64, # weights that share a scale
     config=None,  # a TuneConfig; None: `TUNED` at the peer's own learning rate
+    gptq=False,   # start from GPTQ's weights
 )->tuple:         # see `Peer.make`
     "Uniform groups, trained straight through (EfficientDM's recipe without LoRA)."
-    unet = straight_through(copy.deepcopy(pipe.unet), bits, group)
+    unet = straight_through(quantize_uniform(pipe.unet, bits, group, batches=_walks(pipe))[0] if gptq else copy.deepcopy(pipe.unet), bits, group)
     stored = {n: m.stored_bits()*m.dense.weight.numel() for n, m in unet.named_modules() if isinstance(m, UniformTuned)}
     teacher, held = (Teacher(pipe.unet, pipe.scheduler, class_conditions(pipe), n_walks=k, guidance_scale=(1., 4.), seed=s) for k, s in ((16, 0), (1, 1)))
     distill(unet, teacher, config or replace(TUNED, lr=3e-3, code_lr=0.), held=held, show=False)
     return unet.eval(), stored
 
-register_peer('straight-through 2 bit, groups of 64', straight_through_unet, runs=False, note='300 steps')
+for _bits in (4, 2, 1): register_peer(f'straight-through {_bits} bit, groups of 64', lambda pipe, b=_bits: straight_through_unet(pipe, b), runs=False, note='300 steps')
+register_peer('straight-through 2 bit, groups of 64, from GPTQ', lambda pipe: straight_through_unet(pipe, gptq=True), runs=False, note='300 steps')
 for _bits, _act in ((2., None), (2., 8), (1.5, None), (1.5, 8)):
     register_peer(f'ours {_bits:g} bit{" A8" if _act else ""}, tuned', lambda pipe, b=_bits, a=_act: our_unet(pipe, b, act_bits=a, tune=TUNED), note='300 steps')
 register_peer('ours 4 bit A8', lambda pipe: our_unet(pipe, 4., act_bits=8))

@@ -749,9 +749,10 @@ def straight_through(
     model:nn.Module, # dense model; changed in place
     bits:int=2,      # of a weight
     group:int=64,    # weights that share a scale
+    keep=('conv_in', 'conv_out'), # layers at 8 bits, as is the custom
 )->nn.Module:        # ready for `distill`
     "The peer: every layer uniform, weights trained straight through."
-    for n, m in packable(model).items(): swap(model, n, UniformTuned(m, bits, group))
+    for n, m in packable(model).items(): swap(model, n, UniformTuned(m, 8 if n in keep else bits, group))
     return model
 
 # %% ../nbs/10_semi_pv.ipynb #8f33c2e8
