@@ -631,15 +631,20 @@ def plot_peers(
     path=None,          # where to write a PNG; None: only draw
     top=60.,            # rows above this PSNR are left out: nothing was lost
 ):                      # the matplotlib figure
-    "Stored bits against PSNR, a colour for each family."
+    "Stored bits against PSNR, a colour for each family; crowded points go without a label, the table has them."
     plt = import_module('matplotlib.pyplot')
     seen = table[table.psnr.between(0, top)]
     family = seen.method.str.replace(r'^(\S+).*', r'\1', regex=True)
-    fig, ax = plt.subplots(figsize=(8, 4.6))
+    fig, ax = plt.subplots(figsize=(8, 5))
     for i, (name, rows) in enumerate(seen.groupby(family, sort=False)):
         ax.scatter(rows.bits, rows.psnr, color=f'C{i}', label=name, marker='*' if name == 'ours' else 'o', s=130 if name == 'ours' else 32, zorder=2 + (name == 'ours'))
-        for row in rows.itertuples(): ax.annotate(row.method.removeprefix(name).strip(', '), (row.bits, row.psnr), xytext=(4, 3), textcoords='offset points', fontsize=5.5)
-    ax.set(xscale='log', xlabel='stored bits a weight, all convolution and linear weights (the rest counts 16)', ylabel='PSNR against full precision, dB')
+    taken = []      # a label where nothing better is labelled already nearby: ours first, then from the top
+    for at in [*seen.index[family == 'ours'], *seen[family != 'ours'].sort_values('psnr', ascending=False).index]:
+        x, y = math.log2(seen.bits[at]), seen.psnr[at]
+        if any(abs(x - a) < .75 and abs(y - b) < 1.6 for a, b in taken): continue
+        taken.append((x, y))
+        ax.annotate(seen.method[at], (seen.bits[at], y), xytext=(5, 3), textcoords='offset points', fontsize=7.5)
+    ax.set(xscale='log', xlim=(1.3, 22), xlabel='stored bits a weight, all convolution and linear weights (the rest counts 16)', ylabel='PSNR against full precision, dB')
     ax.set_xticks([1.5, 2, 3, 4, 6, 8, 12]); ax.set_xticklabels(['1.5', '2', '3', '4', '6', '8', '12']); ax.minorticks_off()
     ax.grid(alpha=.3); ax.legend(fontsize=8, loc='lower right')
     fig.tight_layout()

@@ -570,7 +570,7 @@ def side_by_side(
             for j, ax in enumerate(axes[2*r + k]):
                 ax.set_axis_off()
                 if j < len(own): ax.imshow(x[own[j]].permute(1, 2, 0).squeeze(-1), cmap='gray', vmin=0, vmax=1)
-            axes[2*r + k][0].text(-.15, .5, f'{names[c]}\n{what}' if k == 0 else what, transform=axes[2*r + k][0].transAxes, ha='right', va='center', fontsize=7)
+            axes[2*r + k][0].text(-.15, .5, f'{names[c]}\n{what}' if k == 0 else what, transform=axes[2*r + k][0].transAxes, ha='right', va='center', fontsize=11)
     fig.subplots_adjust(left=.2, right=.99, top=.99, bottom=.01, wspace=.03, hspace=.06)
     fig.savefig(path, format='png', dpi=90)
     plt.close(fig)
