@@ -10,6 +10,8 @@ __all__ = ['ROLES', 'TunedLayer', 'as_groups', 'gather_sums', 'scatter_sums', 'o
            'close_peer', 'distill']
 
 # %% ../nbs/10_semi_pv.ipynb #6985463c
+import csv
+import io
 import math
 import time
 from dataclasses import asdict, dataclass
@@ -716,10 +718,10 @@ def write_log(
 ):
     "A result file: one comment line that says where it comes from, then columns."
     names = list(dict.fromkeys(k for r in rows for k in r))
-    lines = ([f'# {note}'] if note else []) + [','.join(names)] + [','.join(_cell(r.get(k, '')) for k in names) for r in rows]
-    return write_atomic(path, ('\n'.join(lines) + '\n').encode())
-
-def _cell(v): return f'{v:.6g}' if isinstance(v, float) else str(v)
+    write = csv.DictWriter(text := io.StringIO(), names, lineterminator='\n')
+    write.writeheader()
+    write.writerows({k: f'{v:.6g}' if isinstance(v, float) else v for k, v in r.items()} for r in rows)
+    return write_atomic(path, ((f'# {note}\n' if note else '') + text.getvalue()).encode())
 
 # %% ../nbs/10_semi_pv.ipynb #8fabddca
 def _through(x): return x + (x.round() - x).detach()
