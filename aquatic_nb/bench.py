@@ -6,7 +6,7 @@
 __all__ = ['PEERS', 'TUNED', 'COLUMNS', 'uniform_grid', 'uniform_round', 'round_to_nearest', 'gptq', 'quantize_uniform',
            'labels_of', 'sample_images', 'compare', 'Peer', 'register_peer', 'installed', 'tensor_bits', 'count_bits',
            'quantize_convs', 'quanto_unet', 'torchao_linear', 'torchao_unet', 'hqq_linear', 'hqq_unet', 'sdnq_unet',
-           'k_blocks', 'gguf_unet', 'OpenVinoUNet', 'openvino_unet', 'our_unet', 'straight_through_unet',
+           'k_blocks', 'gguf_unet', 'OpenVinoUNet', 'openvino_unet', 'CastUNet', 'our_unet', 'straight_through_unet',
            'median_seconds', 'unet_ms', 'resident_mib', 'file_mb', 'measure_peer', 'dense_images', 'read_peers',
            'run_peers', 'write_peers', 'peers_text', 'plot_peers']
 
@@ -418,6 +418,22 @@ def openvino_unet(
 
 register_peer('OpenVINO fp32', openvino_unet, 'openvino', 'a runtime: speed only')
 register_peer('OpenVINO int8', lambda pipe: openvino_unet(pipe, True), 'nncf')
+
+# %% ../nbs/17_bench.ipynb #63329181
+class CastUNet(nn.Module):
+    "A U-Net that computes in another dtype, with the face of one in single precision."
+    def __init__(self,
+        unet,                 # dense U-Net; changed in place
+        kind=torch.bfloat16,  # what it computes in
+    ):
+        super().__init__()
+        self.unet, self.kind, self.config, self.dtype, self.device = unet.to(kind), kind, unet.config, torch.float32, torch.device('cpu')
+
+    def forward(self, sample, timestep, encoder_hidden_states):
+        out = self.unet(sample.to(self.kind), timestep, encoder_hidden_states=encoder_hidden_states.to(self.kind)).sample
+        return SimpleNamespace(sample=out.float())
+
+register_peer('torch bf16', lambda pipe: (CastUNet(copy.deepcopy(pipe.unet)), {}), note='nothing quantized')
 
 # %% ../nbs/17_bench.ipynb #22551fd3
 def _walks(pipe): return thinned(calibration_batches(pipe.unet, pipe, 64, seed=0), 24) # what `quantize_unet` sees, by default
