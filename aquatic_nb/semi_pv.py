@@ -726,14 +726,22 @@ def write_log(
 # %% ../nbs/10_semi_pv.ipynb #8fabddca
 def _through(x): return x + (x.round() - x).detach()
 
+def _grid(rows, group, bits)->tuple:
+    "Lowest level and step of each group: from the extremes, or the step of a grid that its weights lie on already (GPTQ does not use every level)."
+    g = F.pad(rows, (0, -rows.shape[1] % group), mode='replicate').unflatten(1, (-1, group))
+    lo, wide = g.amin(-1), g.amax(-1) - g.amin(-1)
+    gaps = g.sort(-1).values.diff()
+    step = gaps.masked_fill(gaps < 1e-4*wide[..., None], math.inf).amin(-1)
+    level = (g - lo[..., None])/step[..., None]
+    there = (wide > 0) & ((level - level.round()).abs().amax(-1) < 1e-2) & (wide/step < 2**bits - .5)
+    return lo, torch.where(there, step, wide/(2**bits - 1)).clamp(min=1e-8)
+
 class UniformTuned(nn.Module):
     "Min-max asymmetric uniform quantization of a dense layer, trained straight through."
     def __init__(self, dense, bits=2, group=64):
         super().__init__()
         self.dense, self.bits, self.group = dense, bits, min(group, dense.weight[0].numel())
-        g = to_groups(dense.weight.detach(), self.group)
-        lo, hi = g.amin(-1), g.amax(-1)
-        scale = ((hi - lo)/(2**bits - 1)).clamp(min=1e-8)
+        lo, scale = _grid(dense.weight.detach().flatten(1), self.group, bits)
         self.group_scale, self.zero = nn.Parameter(scale), nn.Parameter(-lo/scale)
 
     def quantized(self):
