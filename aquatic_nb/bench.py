@@ -657,7 +657,7 @@ def plot_peers(
     taken = []      # a label where nothing better is labelled already nearby: ours first, then from the top
     for at in [*seen.index[family == 'ours'], *seen[family != 'ours'].sort_values('psnr', ascending=False).index]:
         x, y = math.log2(seen.bits[at]), seen.psnr[at]
-        if any(abs(x - a) < .75 and abs(y - b) < 1.6 for a, b in taken): continue
+        if any(abs(x - a) < (.3 if family[at] == 'ours' else .75) and abs(y - b) < 1.6 for a, b in taken): continue
         taken.append((x, y))
         ax.annotate(seen.method[at], (seen.bits[at], y), xytext=(5, 3), textcoords='offset points', fontsize=7.5)
     ax.set(xscale='log', xlim=(1.3, 22), xlabel='stored bits a weight, all convolution and linear weights (the rest counts 16)', ylabel='PSNR against full precision, dB')
