@@ -454,19 +454,21 @@ def model_class(
 
 # %% ../nbs/14_hub.ipynb #f35eaa73
 def weight_files(
-    folder, # a diffusers model folder
-)->list:    # of paths
-    "The safetensors files of a model folder; ValueError where the index points outside."
+    folder,       # a diffusers model folder
+    variant=None, # as for `from_pretrained`, e.g. 'fp16'; None: the files without one, where there are such
+)->list:          # of paths
+    "The safetensors files that loading a model folder reads; ValueError where there are none, or the index points outside."
     folder = Path(folder)
-    for index in sorted(folder.glob('*.safetensors.index*.json')):
+    def of_variant(pattern, end): return sorted((f for f in folder.glob(pattern) if not variant or f.name.endswith(end)), key=lambda f: (f.name.count('.'), f.name))
+    for index in of_variant('*.safetensors.index*.json', f'.index.{variant}.json'):
         try: names = sorted(set(json.loads(index.read_text(encoding='utf-8'))['weight_map'].values()))
         except (ValueError, KeyError, TypeError, AttributeError) as e: raise ValueError(f'{index}: no readable index ({e}); get the file again') from e
         for n in names:
             if not isinstance(n, str) or Path(n).name != n: raise ValueError(f'{index}: file name {n!r} leads out of the folder; do not use this model')
             if not (folder/n).is_file(): raise ValueError(f'{index}: file {n!r} is missing; get it again')
         return [folder/n for n in names]
-    found = sorted(folder.glob('*.safetensors'))
-    if not found: raise ValueError(f'{str(folder)!r} holds no .safetensors file')
+    found = of_variant('*.safetensors', f'.{variant}.safetensors')
+    if not found: raise ValueError(f'{str(folder)!r} holds no .safetensors file' + (f' of variant {variant!r}' if variant else ''))
     return found[:1]
 
 def load_quantized(
@@ -474,7 +476,7 @@ def load_quantized(
     **kwargs, # for `from_pretrained`, e.g. torch_dtype
 ):            # the model
     "Load a packed model of whatever class, with its files looked at before anything else happens."
-    cls, stored, path = model_class(folder), StoredModel(weight_files(folder)), Path(folder)/'config.json'
+    cls, stored, path = model_class(folder), StoredModel(weight_files(folder, kwargs.get('variant'))), Path(folder)/'config.json'
     entry = json.loads(path.read_text(encoding='utf-8')).get('quantization_config')
     if stored.packed and not entry:
         raise ValueError(f'{path}: the weights are packed, but the entry "quantization_config" is gone; '

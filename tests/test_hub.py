@@ -79,6 +79,17 @@ def test_shards_and_variants(packed, tmp_path, how):
     same_tensors(back, packed)
     assert torch.equal(run(back), run(packed))
 
+def test_the_variant_that_is_loaded_is_the_one_that_is_checked(packed, tmp_path):
+    "Two variants in one folder, one of them damaged: each is judged by its own file."
+    save_quantized(packed, tmp_path/'m', variant='int')
+    plain, other = (tmp_path/'m'/f'diffusion_pytorch_model.{o}safetensors' for o in ('', 'int.'))
+    plain.write_bytes(other.read_bytes())
+    assert hub.weight_files(tmp_path/'m') == [plain] and hub.weight_files(tmp_path/'m', 'int') == [other]
+    other.write_bytes(other.read_bytes()[:-9])
+    assert torch.equal(run(load_quantized(tmp_path/'m')), run(packed))
+    with pytest.raises(ValueError, match='int.safetensors'): load_quantized(tmp_path/'m', variant='int')
+    with pytest.raises(ValueError, match="of variant 'no'"): load_quantized(tmp_path/'m', variant='no')
+
 def test_same_bytes_again(packed, saved, tmp_path):
     load_quantized(saved).save_pretrained(tmp_path/'again')
     name = 'diffusion_pytorch_model.safetensors'
