@@ -306,12 +306,12 @@ def attach_act(
     batches,                # calls of the model: dicts of keyword arguments
     n_buckets:int=20,       # timestep buckets at most; 1 makes the ranges independent of the timestep
     separate_skips:bool=True,# own ranges for the two halves of skip concatenations
-    layers=None,            # names of the packed layers to serve; None: all
+    layers=None,            # names of the packed layers to serve; None: all; or name -> module, for other layers with an `act`
     seed:int=0,             # for the samples
 )->nn.Module:               # the model
     "Give packed layers integer activations, with ranges from calibration calls."
     check_act_bits(bits)
-    batches, packed = list(batches), packed_layers(model)
+    batches, packed = list(batches), layers if isinstance(layers, dict) else packed_layers(model)
     if not batches: raise ValueError('attach_act: no calibration batches; give at least one dict of model arguments')
     names = list(packed) if layers is None else list(layers)
     if missing := [n for n in names if n not in packed]: raise ValueError(f'attach_act: {missing[0]!r} is not a packed layer of the model')
@@ -327,7 +327,7 @@ def attach_act(
     finally:
         for h in handles: h.remove()
     if silent := [n for n, w in watches.items() if not w.parts]: warnings.warn(f'attach_act: {silent[0]!r} was never run, its activations stay as they are')
-    for n, w in watches.items(): packed[n].act = fit_act(w, bits).to(packed[n].scales.device) if w.parts else None
+    for n, w in watches.items(): packed[n].act = fit_act(w, bits).to(next(packed[n].parameters()).device) if w.parts else None
     return model
 
 # %% ../nbs/09_act.ipynb #478e6dfc

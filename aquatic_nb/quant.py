@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['INT8', 'PER_STEP', 'scheme_bytes', 'plan_bits', 'richest_uniform', 'resolve_overrides', 'plan', 'fingerprint',
-           'WorkDir', 'make_waves', 'encode_model', 'quantize_unet', 'quantize', 'pack', 'quant_report']
+           'WorkDir', 'make_waves', 'encode_model', 'quantize_unet', 'quantize', 'pack', 'tune_unet', 'quant_report']
 
 # %% ../nbs/11_quant.ipynb #1e13ab7f
 import copy
@@ -335,7 +335,7 @@ def _quantize(unet, work, fixed, calibration, tune, s, memory, workers, show, sp
     dense = None if tune is None else copy.deepcopy(unet).requires_grad_(False)
     pack(unet, done)
     if s['act_bits'] is not None: attach_act(unet, s['act_bits'], few, layers=[n for n in packed_layers(unet) if n not in ('conv_in', 'conv_out')], seed=seed)
-    if tune is not None: _tune(unet, dense, calibration, tune, batches, guidance, seed, work.path and work.path/'tuning.pt', show, spread)
+    if tune is not None: tune_unet(unet, dense, calibration, tune, batches, guidance, seed, work.path and work.path/'tuning.pt', show, spread)
     importlib.import_module('aquatic_nb.hub').attach(unet, bits=s['bits'])    # a door above this one, asked for only when there is something to save
 
 # %% ../nbs/11_quant.ipynb #970b8e6c
@@ -370,7 +370,18 @@ def pack(
         layer.info = {k: info[k] for k in ('error', 'seconds')}
         swap(model, n, layer)
 
-def _tune(unet, dense, pipe, tune, batches, guidance_scale, seed, checkpoint, show, spread):
+def tune_unet(
+    unet:nn.Module,     # quantized model; changed in place
+    dense:nn.Module,    # its full-precision original
+    pipe,               # class-conditional pipeline: scheduler and conditioning
+    tune,               # minutes, or a `TuneConfig`
+    batches:list,       # calibration calls, with and without condition, as `calibration_batches` gives
+    guidance_scale=3.,  # of the calibration
+    seed:int=0,         # of the trajectories
+    checkpoint=None,    # file to resume from and to write to
+    show:bool=False,    # live progress
+    spread=None,        # see `distill`
+):
     "Distillation from the dense model over a range of guidance, judged on noise that it is not trained on; timesteps count by the root of what they are worth."
     config = tune if isinstance(tune, TuneConfig) else TuneConfig(minutes=tune, seed=seed, bf16=True)
     teacher, held = (Teacher(dense, pipe.scheduler, class_conditions(pipe), n_walks=n, guidance_scale=(1., 4.), seed=s) for n, s in ((8 if (config.minutes or 9) < 4 else 16, 2*seed), (1, 2*seed + 1)))

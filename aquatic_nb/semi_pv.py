@@ -214,7 +214,7 @@ def param_groups(
     for n, p in model.named_parameters():
         owner = n.rpartition('.packed.')[0]
         if owner in layers and not n.endswith('.packed.bias'): continue
-        if n.endswith('.group_scale'): found['scales'][n] = p
+        if n.endswith(('.group_scale', '.act.scale', '.act.zero')): found['scales' if n.endswith('.group_scale') else 'act'][n] = p
         elif id(p) not in taken and p.is_floating_point() and not (owner == '' and '.packed.' in n): found['dense'][n] = p
     rates = dict(codebooks=lr, scales=lr, dense=lr, act=lr/4, codes=code_lr) | (lrs or {})
     return [dict(role=r, params=list(ps.values()), names=list(ps), lr=rates[r], base_lr=rates[r], betas=tuple(code_betas if r == 'codes' else betas))
@@ -742,7 +742,7 @@ class UniformTuned(nn.Module):
         super().__init__()
         self.dense, self.bits, self.group = dense, bits, min(group, dense.weight[0].numel())
         lo, scale = _grid(dense.weight.detach().flatten(1), self.group, bits)
-        self.group_scale, self.zero = nn.Parameter(scale), nn.Parameter(-lo/scale)
+        self.group_scale, self.zero, self.act = nn.Parameter(scale), nn.Parameter(-lo/scale), None
 
     def quantized(self):
         s, z = self.group_scale.clamp(min=1e-8)[..., None], self.zero[..., None]
@@ -750,7 +750,7 @@ class UniformTuned(nn.Module):
         return from_groups((q - z)*s, self.dense.weight.shape)
 
     def forward(self, x):
-        w = self.quantized()
+        x, w = x if self.act is None else self.act(x), self.quantized()
         return F.linear(x, w, self.dense.bias) if isinstance(self.dense, nn.Linear) else self.dense._conv_forward(x, w, self.dense.bias)
 
     def stored_bits(self): return self.bits + 32/self.group
@@ -806,10 +806,10 @@ class Tuner:
 def close_peer(
     model:nn.Module, # changed in place
 ):
-    "Dense layers again, with the quantized weights."
+    "Dense layers again, with the quantized weights; activation quantizers, where there are any, run before them."
     for n, m in [(n, m) for n, m in model.named_modules() if isinstance(m, UniformTuned)]:
         m.dense.weight.copy_(m.quantized())
-        swap(model, n, m.dense)
+        swap(model, n, m.dense if m.act is None else nn.Sequential(m.act, m.dense))
 
 def _train_step(self)->dict:
     "One step of the run."
@@ -863,6 +863,10 @@ def _measure(self): return float('nan') if self.held is None else self.once(lamb
 Tuner.finish, Tuner.swap_average, Tuner.measure = _finish, _swap_average, _measure
 
 # %% ../nbs/10_semi_pv.ipynb #001a96a4
+def _latest(log, name, otherwise):
+    "The last value that is not zero: held-out losses and code steps come every few steps only."
+    return next((r[name] for r in reversed(log) if r.get(name)), otherwise)
+
 def distill(
     student:nn.Module,   # model with packed layers; changed in place
     teacher:Teacher,     # trajectories of the full-precision model
@@ -892,7 +896,7 @@ def distill(
         if run.total is None and run.step == 6: run.total = bar.total = run.once(lambda: max(6, int((config.minutes*60 - filled)*6/run.spent)))
         if run.step % config.held_every == 0: row['held'] = run.measure()
         run.log.append(row)
-        bar.update(); bar.set_postfix_str(f"loss {row['loss']:.2e} held {row.get('held', float('nan')):.2e} codes {100*row['changed']:.2f}%")
+        bar.update(); bar.set_postfix_str(f"loss {row['loss']:.2e} held {_latest(run.log, 'held', run.start):.2e} codes {100*_latest(run.log, 'changed', 0.):.2f}%")
         if keeps and time.monotonic() - saved > 60*every_minutes: save(); saved = time.monotonic()
     bar.close()
     if keeps: save()

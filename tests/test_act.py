@@ -68,6 +68,24 @@ def test_simulation_is_what_an_integer_convolution_computes(padding_mode):
     torch.testing.assert_close(layer(x).double(), want, rtol=1e-5, atol=1e-5)
 
 
+def test_a_range_of_zero_is_named_and_computes():
+    "Inputs that are always zero: a warning that names the layer; zero at one timestep only: the neighbour's range."
+    torch.manual_seed(0)
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.dead, self.live = integers(nn.Linear(4, 3)), integers(nn.Linear(4, 3))
+        def forward(self, x, timestep): return self.dead(0*x) + self.live(x*(timestep > 500))
+    net = Net()
+    calls = [dict(x=torch.randn(5, 4), timestep=torch.tensor(t)) for t in (900, 10)]
+    with pytest.warns(UserWarning, match="'dead': its calibration inputs are all zero"): attach_act(net, 8, calls)
+    assert (net.dead.act.scale == torch.tensor(1/255)).all()
+    assert net.live.act.scale[0] == net.live.act.scale[1] > 0
+    for call in calls:
+        want = net.dead.bias + F.linear(call['x']*(call['timestep'] > 500), net.live.weight, net.live.bias)
+        assert torch.allclose(net(**call), want, atol=.05)
+
+
 def test_nothing_is_counted(model):
     unet, calls = model
     with torch.no_grad():

@@ -13,8 +13,8 @@ from aquatic_nb.aq import Scheme, check_values
 from aquatic_nb.beam import encode
 from aquatic_nb.kaq import natural_group_size, packable
 from aquatic_nb.layers import from_aq, packed_layers, swap
-from aquatic_nb.semi_pv import (SeMIPV, Teacher, TuneConfig, Tuner, close_layers, distill, held_out_loss, nearest_codes, open_layers, param_groups,
-                                walk_batch)
+from aquatic_nb.semi_pv import (SeMIPV, Teacher, TuneConfig, Tuner, UniformTuned, close_layers, close_peer, distill, held_out_loss, nearest_codes, open_layers,
+                                param_groups, straight_through, walk_batch)
 
 CLASSES = torch.randn(5, 1, 16, generator=torch.Generator().manual_seed(3))
 
@@ -99,6 +99,25 @@ def test_activation_ranges_are_trained(packed, teacher):
     tuned, _ = tune(model, teacher)
     assert sum(not torch.equal(m.act.scale, before[n]) for n, m in packed_layers(tuned).items()) > len(before)//2
     assert all((m.act.scale > 0).all() for m in packed_layers(tuned).values())
+
+
+def test_a_peer_with_activations(unet, teacher):
+    "The straight-through peer trains its activation ranges too, and closing it changes nothing."
+    model = straight_through(copy.deepcopy(unet), bits=4)
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, UniformTuned)}
+    b = walk_batch(teacher, 0, 4, 0)
+    attach_act(model, 8, [dict(sample=b['x'], timestep=b['t'], **b['cond'])], layers={n: m for n, m in layers.items() if n != 'conv_in'})
+    assert layers['conv_in'].act is None and layers['conv_out'].act is not None
+    before = {n: m.act.scale.clone() for n, m in layers.items() if m.act is not None}
+    run = Tuner(model, teacher, TuneConfig(steps=5, batch=4, code_lr=0.))
+    assert {g['role'] for g in run.optimizer.param_groups} == {'scales', 'dense', 'act'}
+    for _ in range(5): run.train_step()
+    assert sum(not torch.equal(layers[n].act.scale, s) for n, s in before.items()) > len(before)//2
+    call = dict(sample=b['x'], timestep=b['t'], **b['cond'])
+    with torch.no_grad():
+        open_, _ = model(**call).sample, close_peer(model)
+        assert not any(isinstance(m, UniformTuned) for m in model.modules())
+        assert torch.allclose(model(**call).sample, open_, atol=1e-5)
 
 
 def test_checkpointing_keeps_the_timestep(packed, teacher):
