@@ -456,7 +456,7 @@ for _bits in (4, 3, 2):
     register_peer(f'uniform {_bits} bit, groups of 64', lambda pipe, b=_bits: quantize_uniform(pipe.unet, b), runs=False)
     register_peer(f'uniform {_bits} bit, groups of 64, clipped', lambda pipe, b=_bits: quantize_uniform(pipe.unet, b, clip=True), runs=False)
     register_peer(f'uniform {_bits} bit, groups of 64, GPTQ', lambda pipe, b=_bits: quantize_uniform(pipe.unet, b, batches=_walks(pipe)), runs=False)
-for _bits in (4., 3., 2., 1.5): register_peer(f'ours {_bits:g} bit', lambda pipe, b=_bits: our_unet(pipe, b))
+for _bits in (4.2, 4., 3., 2., 1.5): register_peer(f'ours {_bits:g} bit', lambda pipe, b=_bits: our_unet(pipe, b))
 register_peer('ours 2.2 bit, one setting', lambda pipe: our_unet(pipe, 2.2, laq=False), note='no LAQ')
 register_peer('ours 4.2 bit, one setting', lambda pipe: our_unet(pipe, 4.2, laq=False), note='no LAQ')
 register_peer('ours 2.2 bit, one setting, not sequential', lambda pipe: our_unet(pipe, 2.2, laq=False, sequential=False), note='no LAQ, inputs of the dense model')
@@ -485,9 +485,12 @@ def straight_through_unet(
     return unet.eval(), stored
 
 for _bits in (4, 2, 1): register_peer(f'straight-through {_bits} bit, groups of 64', lambda pipe, b=_bits: straight_through_unet(pipe, b), runs=False, note='300 steps')
+for _bits in (4, 2, 1): register_peer(f'straight-through {_bits} bit A8, groups of 64', lambda pipe, b=_bits: straight_through_unet(pipe, b, act_bits=8), runs=False, note='300 steps')
 register_peer('straight-through 2 bit, groups of 64, from GPTQ', lambda pipe: straight_through_unet(pipe, gptq=True), runs=False, note='300 steps')
 for _bits, _act in ((2., None), (2., 8), (1.5, None), (1.5, 8)):
     register_peer(f'ours {_bits:g} bit{" A8" if _act else ""}, tuned', lambda pipe, b=_bits, a=_act: our_unet(pipe, b, act_bits=a, tune=TUNED), note='300 steps')
+for _name, _config in (('1500 steps', replace(TUNED, steps=1500)), ('4000 steps', replace(TUNED, steps=4000)), ('codes frozen', replace(TUNED, code_lr=0.)), ('walks in order', replace(TUNED, mode='walk'))):
+    register_peer(f'ours 2 bit, tuned, {_name}', lambda pipe, c=_config: our_unet(pipe, 2., tune=c), note=f'{_config.steps} steps')
 register_peer('ours 4 bit A8', lambda pipe: our_unet(pipe, 4., act_bits=8))
 
 # %% ../nbs/17_bench.ipynb #1c6e6e4e
