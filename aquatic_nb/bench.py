@@ -456,7 +456,7 @@ for _bits in (4, 3, 2):
     register_peer(f'uniform {_bits} bit, groups of 64', lambda pipe, b=_bits: quantize_uniform(pipe.unet, b), runs=False)
     register_peer(f'uniform {_bits} bit, groups of 64, clipped', lambda pipe, b=_bits: quantize_uniform(pipe.unet, b, clip=True), runs=False)
     register_peer(f'uniform {_bits} bit, groups of 64, GPTQ', lambda pipe, b=_bits: quantize_uniform(pipe.unet, b, batches=_walks(pipe)), runs=False)
-for _bits in (4.2, 4., 3., 2., 1.5): register_peer(f'ours {_bits:g} bit', lambda pipe, b=_bits: our_unet(pipe, b))
+for _bits in (4., 3., 2., 1.5): register_peer(f'ours {_bits:g} bit', lambda pipe, b=_bits: our_unet(pipe, b))
 register_peer('ours 2.2 bit, one setting', lambda pipe: our_unet(pipe, 2.2, laq=False), note='no LAQ')
 register_peer('ours 4.2 bit, one setting', lambda pipe: our_unet(pipe, 4.2, laq=False), note='no LAQ')
 register_peer('ours 2.2 bit, one setting, not sequential', lambda pipe: our_unet(pipe, 2.2, laq=False, sequential=False), note='no LAQ, inputs of the dense model')
