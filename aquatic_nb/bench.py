@@ -464,13 +464,13 @@ register_peer('ours 2.2 bit, one setting, uncalibrated', lambda pipe: our_unet(p
 
 # %% ../nbs/17_bench.ipynb #a203e14d
 TUNED = TuneConfig(steps=300, bf16=True)   # of the tuned rows
-PEER_TUNED = replace(TUNED, lr=3e-3, code_lr=0., lrs=dict(act=2.5e-4)) # at the peer's own learning rate; activations as in ours
+PEER_TUNED = replace(TUNED, lr=3e-3, code_lr=0., lrs=dict(act=2.5e-4)) # of the straight-through peer; activations as in ours
 
 def straight_through_unet(
     pipe,         # the pipeline
     bits:int=2,   # of a weight
     group:int=64, # weights that share a scale
-    config=None,  # a TuneConfig; None: `PEER_TUNED`
+    config=None,  # a TuneConfig; None: `PEER_TUNED`, at the rate that was found best for these bits and this start
     gptq=False,   # start from GPTQ's weights
     act_bits=None,# activations of every layer but the first and the last, as in ours; None: floating point
 )->tuple:         # see `Peer.make`
@@ -481,7 +481,8 @@ def straight_through_unet(
     layers = {n: m for n, m in unet.named_modules() if isinstance(m, UniformTuned)}
     stored = {n: m.stored_bits()*m.dense.weight.numel() for n, m in layers.items()}
     if act_bits: attach_act(unet, act_bits, few, layers={n: m for n, m in layers.items() if n not in ('conv_in', 'conv_out')})
-    tune_unet(unet, copy.deepcopy(pipe.unet).requires_grad_(False), pipe, config or PEER_TUNED, batches)
+    rate = 3e-4 if gptq else 1e-3 if bits == 4 else 3e-3
+    tune_unet(unet, copy.deepcopy(pipe.unet).requires_grad_(False), pipe, config or replace(PEER_TUNED, lr=rate), batches)
     return unet.eval(), stored
 
 for _bits in (4, 2, 1): register_peer(f'straight-through {_bits} bit, groups of 64', lambda pipe, b=_bits: straight_through_unet(pipe, b), runs=False, note='300 steps')
