@@ -470,7 +470,7 @@ def straight_through_unet(
     pipe,         # the pipeline
     bits:int=2,   # of a weight
     group:int=64, # weights that share a scale
-    config=None,  # a TuneConfig; None: `PEER_TUNED`, at the rate that was found best for these bits and this start
+    config=None,  # a TuneConfig; None: `PEER_TUNED`, at a lower rate for 4 bits and from GPTQ
     gptq=False,   # start from GPTQ's weights
     act_bits=None,# activations of every layer but the first and the last, as in ours; None: floating point
 )->tuple:         # see `Peer.make`

@@ -484,7 +484,8 @@ def load_quantized(
     if entry and not isinstance(entry, dict): raise ValueError(f'{path}: quantization_config is {str(entry)[:40]!r}, expected an object; get the file again')
     if entry: AquaticConfig.from_dict(entry)
     try: return cls.from_pretrained(folder, local_files_only=True, use_safetensors=True, low_cpu_mem_usage=True, **kwargs)
-    except (TypeError, KeyError, AttributeError, IndexError, ZeroDivisionError, NotImplementedError) as e: # from inside diffusers
+    except torch.cuda.OutOfMemoryError: raise                                                              # the device's fault, not the file's
+    except (TypeError, KeyError, AttributeError, IndexError, ZeroDivisionError, RuntimeError) as e:         # from inside diffusers and torch
         raise ValueError(f'{path}: no {cls.__name__} can be built from it ({type(e).__name__}: {str(e)[:200]}); get the file again') from e
 
 # %% ../nbs/14_hub.ipynb #b09a26b0

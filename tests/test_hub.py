@@ -79,6 +79,15 @@ def test_shards_and_variants(packed, tmp_path, how):
     same_tensors(back, packed)
     assert torch.equal(run(back), run(packed))
 
+def test_a_config_that_nothing_can_be_built_from_is_named(packed, tmp_path):
+    "Negative widths: torch's own RuntimeError does not reach the user bare."
+    save_quantized(packed, tmp_path/'m')
+    path = tmp_path/'m'/'config.json'
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | dict(block_out_channels=[-o for o in config['block_out_channels']])))
+    with pytest.raises(ValueError, match='config.json: no UNet2DConditionModel can be built from it'): load_quantized(tmp_path/'m')
+
+
 def test_the_variant_that_is_loaded_is_the_one_that_is_checked(packed, tmp_path):
     "Two variants in one folder, one of them damaged: each is judged by its own file."
     save_quantized(packed, tmp_path/'m', variant='int')
