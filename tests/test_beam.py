@@ -8,7 +8,7 @@ from hypothesis import given, settings, strategies as st
 
 from aquatic_nb import beam
 from aquatic_nb.aq import Scheme, check_values, decode, decode_rows, pack_codes, sum_codewords, unpack_codes
-from aquatic_nb.beam import corrected_target, damp, encode_rows, relative_error, search_codes, to_aq
+from aquatic_nb.encode import corrected_target, damp, encode_rows, relative_error, search_codes, to_aq
 from aquatic_nb.calib import single_thread
 from aquatic_nb.core import generator
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from aquatic_nb.act import attach_act, checkpoint_with_timestep
 from aquatic_nb.aq import Scheme, check_values
-from aquatic_nb.beam import encode
+from aquatic_nb.encode import encode
 from aquatic_nb.kaq import natural_group_size, packable
 from aquatic_nb.layers import from_aq, packed_layers, swap
 from aquatic_nb.semi_pv import (SeMIPV, Teacher, TuneConfig, Tuner, UniformTuned, close_layers, close_peer, distill, held_out_loss, nearest_codes, open_layers,

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from aquatic_nb.aq import Scheme, codebook_bytes
-from aquatic_nb.beam import encode_rows, share_codebooks
+from aquatic_nb.encode import encode_rows, share_codebooks
 from aquatic_nb.calib import calibration_batches
 from aquatic_nb.hub import attach, load_quantized, save_quantized
 from aquatic_nb.kaq import natural_group_size, packable

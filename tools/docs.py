@@ -34,7 +34,7 @@ def pages():
     return sorted(found, key=lambda o: (o.stem != 'index' or len(o.parts) > 1, len(o.parts) > 1, str(o)))
 
 def page_name(src):
-    "Where a source ends up: numbers leave, as in nbdev's own links (`00_core.ipynb` -> `core.html`)."
+    "Where a source ends up: numbers leave, as in nbdev's own links (`03_core.ipynb` -> `core.html`)."
     return str(src.with_name(re.sub(r'^\d+[a-z]?_', '', src.stem) + '.html'))
 
 def title(src):
