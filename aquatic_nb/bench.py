@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from .act import attach_act
 from .calib import calibration_batches, input_moments
-from .core import generator, machine, progress, write_atomic
+from .core import generator, machine, progress_bar, write_atomic
 from .kaq import packable
 from .laq import thinned
 from .layers import packed_layers, stored_sizes, swap
@@ -157,7 +157,7 @@ def sample_images(
     takes, labels, out = inspect.signature(pipe.__call__).parameters, labels_of(pipe, n, classes), []
     if 'prompt' in takes and not labels and prompt is None: raise ValueError(f'{type(pipe).__name__} needs a prompt; give one (--prompt on the command line)')
     pipe.set_progress_bar_config(disable=True)
-    with progress(total=n, desc=desc, disable=not desc) as bar:
+    with progress_bar(total=n, desc=desc, disable=not desc) as bar:
         for a in range(0, n, batch):
             rows = range(a, min(a + batch, n))
             what = dict(class_labels=[labels[i] for i in rows]) if labels else dict(prompt=[prompt]*len(rows)) if 'prompt' in takes else dict(batch_size=len(rows))
@@ -505,7 +505,7 @@ def median_seconds(
     seen = []
     with torch.no_grad():
         call()
-        for _ in progress(range(repeats), desc=desc, disable=not desc):
+        for _ in progress_bar(range(repeats), desc=desc, disable=not desc):
             start = clock(); call(); seen.append(clock() - start)
     return sorted(seen)[len(seen)//2]
 
@@ -614,7 +614,7 @@ def run_peers(
     table, pipe, judge, sampling = read_peers(path, command), load_mini_ldm(), mini_judge(), dict(steps=steps, guidance_scale=guidance_scale, seed=seed)
     reference = dense_images(pipe, n, sampling, folder)
     rows = [Peer('full precision', lambda pipe: (pipe.unet, {})), *PEERS.values()]
-    for peer in progress([o for o in rows if only is None or o.name in only], desc=desc, disable=not desc):
+    for peer in progress_bar([o for o in rows if only is None or o.name in only], desc=desc, disable=not desc):
         row, version = dict(method=peer.name, note=peer.note, date=str(date.today())), installed(peer.package) if peer.package else ''
         row['package'] = f'{peer.package} {version or ""}'.strip()
         if version is None:

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .core import generator, progress
+from .core import generator, progress_bar
 from .kaq import packable
 
 # %% ../nbs/03_encoder/09_calib.ipynb #114c407f
@@ -96,7 +96,7 @@ def walk(
     abar = scheduler.alphas_cumprod.to(p.device)
     ts = shifted_timesteps(n, steps, len(abar), gen if jitter else None).to(p.device)
     kind, batches = scheduler.config.prediction_type, []
-    for i, t in enumerate(progress(ts, desc='calibration walk', disable=not show)):
+    for i, t in enumerate(progress_bar(ts, desc='calibration walk', disable=not show)):
         double = null is not None
         inputs = {sample_name: torch.cat([x, x]) if double else x, 'timestep': torch.cat([t, t]) if double else t,
                   **{k: torch.cat([v, null[k]]) if double else v for k, v in cond.items()}}

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from .aq import Scheme, codebook_bytes, stored_bytes
 from .encode import encode_rows, share_codebooks, start
 from .calib import advance, execution_order, in_order, input_moments, single_thread
-from .core import generator, progress, write_atomic
+from .core import generator, progress_bar, write_atomic
 from .kaq import catalogue, natural_group_size, packable
 
 # %% ../nbs/05_bits/16_laq.ipynb #159c4b96
@@ -563,7 +563,7 @@ def _sensitivity(unet, layers, batches, options_of, share, cheap, names, held_ou
     steps = [f't{t:.0f}' for t in probe.steps]
     gains = row_gains(probe, order, seed=seed)
     copies = [unet] if cheap or workers < 2 or next(unet.parameters()).is_cuda else [unet, copy.deepcopy(unet)]
-    with progress(total=len(todo), desc='sensitivity', disable=not show) as bar:
+    with progress_bar(total=len(todo), desc='sensitivity', disable=not show) as bar:
         for wave in ([n for n in w if n in todo] for w in waves):
             for rows in _wave_rows(wave, sets, unet, layers, rest, gains, menus, dense_bits, None if cheap else probe, copies, steps, seed, workers):
                 new = pd.DataFrame(rows).assign(model=mark)
@@ -857,7 +857,7 @@ def quick_encode(
     layers, books = packable(unet), learn_shared(unet, batches, choice, seed=seed, memory=memory, workers=workers, sweeps=1)
     names = [n for n in execution_order(unet, batches[0]) if choice.get(n, 'dense') != 'dense']
     out = {}
-    with progress(total=len(names), desc='encoding an allocation', disable=not show) as bar:
+    with progress_bar(total=len(names), desc='encoding an allocation', disable=not show) as bar:
         for wave in _waves(names, layers, memory):
             moments = input_moments(unet, batches, wave, rows_per_input=2, seed=seed, workers=workers)
             def one(n): return decoded(layers[n].weight.detach().float().flatten(1), moments[n].H if n in moments else None, choice[n], seed, books.get(choice[n]))

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from .aq import Scheme, stored_bytes
 from .calib import in_order
-from .core import generator, machine, progress, write_atomic
+from .core import generator, machine, progress_bar, write_atomic
 from .kaq import natural_group_size, packable
 from .metrics import (Extractor, FeatureSet, Reference, bootstrap_ci, class_accuracy, classifier_extractor, evaluate_images, extract, feature_stats,
                                 get_extractor, load_reference, paired_lpips, paired_mse, paired_ssim, psnr_of, sha256_of, to_uint8)
@@ -165,7 +165,7 @@ def sample_shards(
     if len(labels) != protocol.samples: raise ValueError(f'{len(labels)} labels for {protocol.samples} samples; make them with make_labels')
     mine = [(a, b, shard_path(out_dir, 'images', a, b)) for a, b in protocol.shards][rank::world]
     todo = [o for o in mine if not shard_is_whole(o[2], labels[o[0]:o[1]])]
-    with progress(total=sum(b - a for a, b, _ in todo), desc=f'samples, rank {rank}', disable=not verbose) as bar:
+    with progress_bar(total=sum(b - a for a, b, _ in todo), desc=f'samples, rank {rank}', disable=not verbose) as bar:
         for a, b, path in todo:
             images = []
             for i in range(a, b, protocol.batch_size):
@@ -295,7 +295,7 @@ def feature_shards(
     verbose:bool=False, # show a progress bar
 ) -> None:
     "Extract and keep the features of this rank's shards."
-    for a, b in progress(protocol.shards[rank::world], desc=f'{extractor.name} features, rank {rank}', disable=not verbose):
+    for a, b in progress_bar(protocol.shards[rank::world], desc=f'{extractor.name} features, rank {rank}', disable=not verbose):
         path = shard_path(folder, f'features-{extractor.name}', a, b)
         if not path.exists(): extract(shard_path(folder, 'images', a, b), extractor, protocol.batch_size).save(path)
 

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from .core import progress, write_atomic
+from .core import progress_bar, write_atomic
 
 # %% ../nbs/11_judging/34_metrics.ipynb #2cb12258
 def _check_gaussian(mu, sigma, which:str) -> tuple[np.ndarray, np.ndarray]:
@@ -226,7 +226,7 @@ def extract(
     "Run an extractor over images and keep its answers."
     extractor = get_extractor(extractor)
     kept = {}
-    for x in progress(image_batches(images, batch_size), desc=f'{extractor.name} features', disable=not verbose):
+    for x in progress_bar(image_batches(images, batch_size), desc=f'{extractor.name} features', disable=not verbose):
         for kind, value in extractor.forward(match_channels(x, extractor.channels)).items():
             kept.setdefault(kind, []).append(value.detach().float().cpu().numpy())
     if not kept: raise ValueError('no images were given; check the source')

@@ -27,7 +27,7 @@ from .aq import AQTensor, Scheme, decode, stored_bytes
 from .encode import encode_rows, relative_error, to_aq
 from .act import attach_act
 from .calib import calibration_batches, execution_order, in_order, input_moments, single_thread
-from .core import progress as bar, work_lock, write_atomic
+from .core import progress_bar as bar, work_lock, write_atomic
 from .kaq import catalogue, natural_group_size, packable, why_dense
 from .laq import allocate, bits_to_bytes, effective_bits, layer_kind, learn_shared, sensitivity, split_points, thinned, timestep_weights, worth_of
 from .layers import AQLayer, from_aq, packed_layers, stored_sizes, swap

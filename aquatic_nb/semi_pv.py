@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from .aq import AQTensor, pack_codes, sum_codewords
 from .encode import search_codes
 from .calib import ddim_step, shifted_timesteps, to_epsilon
-from .core import generator, progress, write_atomic
+from .core import generator, progress_bar, write_atomic
 from .kaq import from_groups, packable, to_groups
 from .layers import packed_layers, swap
 
@@ -555,7 +555,7 @@ def _from_disk(self, i):
 def _fill(self, show=True)->float:
     "Make all walks that there is room for; returns the seconds that it took."
     start = time.perf_counter()
-    for i in progress(range(min(self.n_walks, self.room)), desc="the teacher's walks", disable=not show): self.walk(i)
+    for i in progress_bar(range(min(self.n_walks, self.room)), desc="the teacher's walks", disable=not show): self.walk(i)
     return time.perf_counter() - start
 
 Teacher.from_disk, Teacher.fill = _from_disk, _fill
@@ -889,7 +889,7 @@ def distill(
     save = lambda: write_atomic(checkpoint, lambda p: torch.save(run.state_dict(), p))
     filled = teacher.fill(show) if run.total is None else 0.
     student.train()
-    bar, saved = progress(total=run.total, desc='tuning', disable=not show), time.monotonic()
+    bar, saved = progress_bar(total=run.total, desc='tuning', disable=not show), time.monotonic()
     bar.update(run.step)
     while run.total is None or run.step < run.total:
         row = run.train_step()
