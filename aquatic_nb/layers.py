@@ -27,6 +27,7 @@ class Kernel:
     supports:Callable  # (layer, x) -> None, or the reason why not
     run:Callable       # (layer, x) -> y
     priority:int       # 'auto' takes the supporting kernel of the highest priority
+    takes_raw:bool=False # whether it quantizes activations itself
 
 KERNELS = {}
 
@@ -35,9 +36,10 @@ def register_kernel(
     supports:Callable, # (layer, x) -> None, or the reason why not
     run:Callable,      # (layer, x) -> y; x is already activation-quantized unless the kernel sets `takes_raw`
     priority:int,      # higher wins under 'auto'
+    takes_raw:bool=False, # whether it quantizes activations itself
 ):
     "Add a kernel, or replace the one of that name."
-    KERNELS[name] = Kernel(name, supports, run, priority)
+    KERNELS[name] = Kernel(name, supports, run, priority, takes_raw)
 
 def pick_kernel(
     layer,    # AQConv2d or AQLinear
@@ -93,7 +95,7 @@ class AQLayer(nn.Module):
 
     def forward(self, x):
         kernel, _ = pick_kernel(self, x)
-        if self.act is not None and not getattr(kernel.run, 'takes_raw', False): x = self.act(x)
+        if self.act is not None and not kernel.takes_raw: x = self.act(x)
         return kernel.run(self, x)
 
     def extra_repr(self): return f'{tuple(self.weight_shape)}, {self.scheme}, bias={self.bias is not None}'
