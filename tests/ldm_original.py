@@ -308,5 +308,5 @@ def read_keys(path):
 
 
 if __name__ == '__main__': # python tests/ldm_original.py: writes the data file of names and shapes anew
-    from aquatic_nb.zoo import LDMConfig
+    from aquatic_nb.models.ldm import LDMConfig
     with torch.device('meta'): write_keys(Path(__file__).parent/'data'/'ldm4_keys.csv', LatentDiffusion(LDMConfig()))

@@ -11,13 +11,14 @@ import torch
 import yaml
 
 from aquatic_nb import zoo
-from aquatic_nb.core import generator
+from aquatic_nb.models import ldm
+from aquatic_nb.core import generator, sha256_of
 
 sys.path.insert(0, str(Path(__file__).parent))
 from ldm_original import LatentDiffusion, read_keys # noqa: E402
 
 DATA = Path(__file__).parent/'data'
-SMALL = zoo.LDMConfig(model_channels=32, channel_mult=(1, 2, 3), attention_resolutions=(4, 2), context_dim=24, image_size=8, n_classes=12,
+SMALL = ldm.LDMConfig(model_channels=32, channel_mult=(1, 2, 3), attention_resolutions=(4, 2), context_dim=24, image_size=8, n_classes=12,
                       ch=32, ch_mult=(1, 2, 4), n_embed=64)
 HEADS = replace(SMALL, num_heads=-1, num_head_channels=16, channel_mult=(1, 2), attention_resolutions=(1, 2), num_res_blocks=1,
                 transformer_depth=2, vq_res_blocks=1, ch_mult=(1, 2), scale_factor=.5)
@@ -104,10 +105,10 @@ def test_same_as_diffusers_own_conversion(pair):
 def test_names_and_shapes_of_ldm4():
     "The map covers the full-size model's names and shapes, written out as data, exactly."
     stored = read_keys(DATA/'ldm4_keys.csv')
-    wanted = zoo.ldm_key_map(zoo.LDMConfig())
-    assert {k: v for k, v in stored.items() if k not in zoo.SCHEDULE_KEYS} == {k: shape for k, (_, _, shape) in wanted.items()}
-    assert set(stored) - set(wanted) <= set(zoo.SCHEDULE_KEYS)
-    with torch.device('meta'): assert stored == {k: tuple(v.shape) for k, v in LatentDiffusion(zoo.LDMConfig()).state_dict().items()}
+    wanted = ldm.ldm_key_map(ldm.LDMConfig())
+    assert {k: v for k, v in stored.items() if k not in ldm.SCHEDULE_KEYS} == {k: shape for k, (_, _, shape) in wanted.items()}
+    assert set(stored) - set(wanted) <= set(ldm.SCHEDULE_KEYS)
+    with torch.device('meta'): assert stored == {k: tuple(v.shape) for k, v in LatentDiffusion(ldm.LDMConfig()).state_dict().items()}
 
 
 def test_yaml_and_dictionary_describe_the_same(pair, tmp_path):
@@ -124,7 +125,7 @@ def test_yaml_and_dictionary_describe_the_same(pair, tmp_path):
     file = tmp_path/'config.yaml'
     file.write_text(yaml.safe_dump(dict(model=dict(base_learning_rate=1e-6, target='x.Y', params=params))))
     for config in (file, str(file), yaml.safe_load(file.read_text()), asdict(cfg)):
-        assert zoo.ldm_config(config) == cfg
+        assert ldm.ldm_config(config) == cfg
     other = zoo.load_ldm4(path, file, verbose=False)
     assert all(a.equal(b) for a, b in zip(pipe.unet.parameters(), other.unet.parameters()))
 
@@ -132,7 +133,7 @@ def test_yaml_and_dictionary_describe_the_same(pair, tmp_path):
 def test_converted_folder(pair, tmp_path, capsys):
     cfg, _, path, pipe = pair
     dst = zoo.convert_ldm4(path, tmp_path/'new'/'folder', cfg)
-    assert zoo.sha256_of(path) in capsys.readouterr().out
+    assert sha256_of(path) in capsys.readouterr().out
     again = zoo.load_ldm4(dst)
     assert again.source_sha256 in capsys.readouterr().out
     for part in ('unet', 'vae', 'class_embedding'):
@@ -271,7 +272,7 @@ def test_labels_out_of_range(pair):
 @pytest.mark.parametrize('config, message', [(dict(width=3), 'unknown field'), (dict(channel_mult=(2, 4)), 'first factor of 1'), (5, 'expected LDMConfig'),
     (dict(num_heads=2, num_head_channels=8), 'exactly one'), (dict(model={}), 'not the YAML'), ('nowhere.yaml', 'cannot be read')])
 def test_bad_config(config, message):
-    with pytest.raises((ValueError, TypeError), match=message): zoo.ldm_config(config)
+    with pytest.raises((ValueError, TypeError), match=message): ldm.ldm_config(config)
 
 
 @pytest.mark.slow

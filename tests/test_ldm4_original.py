@@ -12,12 +12,13 @@ import torch
 from torch import nn
 
 from aquatic_nb import zoo
+from aquatic_nb.models import ldm
 from aquatic_nb.core import generator
 
 sys.path.insert(0, str(Path(__file__).parent))
 from ldm_original import LatentDiffusion, bag, read_keys # noqa: E402
 
-SMALL = zoo.LDMConfig(model_channels=32, context_dim=24, image_size=16, n_classes=12, ch=32, n_embed=64)
+SMALL = ldm.LDMConfig(model_channels=32, context_dim=24, image_size=16, n_classes=12, ch=32, n_embed=64)
 HEADS = replace(SMALL, num_heads=-1, num_head_channels=16, channel_mult=(1, 2), attention_resolutions=(1, 2), num_res_blocks=1, transformer_depth=2,
                 vq_res_blocks=1, ch_mult=(1, 2), scale_factor=.5)
 
@@ -61,7 +62,7 @@ def pair(request, theirs, tmp_path_factory):
     for name, p in model.named_parameters():
         if p.ndim > 1: p.data = torch.randn(p.shape, generator=g)*(1. if 'embedding' in name else p[0].numel()**-.5)
         else: p.data = torch.randn(p.shape, generator=g)*.2 + (1 if name.endswith('weight') else 0)
-    schedule = {k: v for k, v in LatentDiffusion(c).state_dict().items() if k in zoo.SCHEDULE_KEYS}
+    schedule = {k: v for k, v in LatentDiffusion(c).state_dict().items() if k in ldm.SCHEDULE_KEYS}
     torch.save({'state_dict': model.state_dict() | schedule}, path)
     return c, model, schedule, zoo.load_ldm4(path, c, verbose=False)
 
@@ -111,5 +112,5 @@ def test_running_average(pair, theirs, tmp_path):
 
 def test_names_and_shapes_at_full_size(theirs):
     stored = read_keys(Path(__file__).parent/'data'/'ldm4_keys.csv')
-    with torch.device('meta'): model = networks(theirs, zoo.LDMConfig())
-    assert {k: tuple(v.shape) for k, v in model.state_dict().items()} == {k: s for k, s in stored.items() if k not in zoo.SCHEDULE_KEYS}
+    with torch.device('meta'): model = networks(theirs, ldm.LDMConfig())
+    assert {k: tuple(v.shape) for k, v in model.state_dict().items()} == {k: s for k, s in stored.items() if k not in ldm.SCHEDULE_KEYS}
