@@ -7,7 +7,7 @@ __all__ = ['TIME_NAMES', 'CALIBRATION_GUIDANCE', 'SAMPLING_GUIDANCE', 'Call', 'a
            'shifted_timesteps', 'DDIMSteps', 'SchedulerSteps', 'steps_of', 'walk', 'Recording', 'record_walk',
            'builtin_prompts', 'check_prompts', 'record', 'record_inputs']
 
-# %% ../nbs/02_models/04_walk.ipynb #c73beec8
+# %% ../nbs/02_models/04_walk.ipynb #f142d6c9
 import inspect
 import json
 import re
@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .core import Run, generator
+from .core import Run, digest, generator
 
-# %% ../nbs/02_models/04_walk.ipynb #b9ad8441
+# %% ../nbs/02_models/04_walk.ipynb #eef46206
 TIME_NAMES = ('timestep', 'timesteps', 't')
 CALIBRATION_GUIDANCE = 3. # of calibration walks of class-conditional models: wide, so that samples at 1 to 5 are near it
 SAMPLING_GUIDANCE = 1.5   # of samples from the shipped models, where their pictures are best
@@ -47,7 +47,7 @@ def _has_rows(t, name, rows):
     if len(t) == rows: return 1
     return len(t)//rows if name in _MANY_A_ROW and rows and len(t) % rows == 0 else 0
 
-# %% ../nbs/02_models/04_walk.ipynb #30fe1b7f
+# %% ../nbs/02_models/04_walk.ipynb #28d2f118
 class Call(dict):
     "One call of a denoiser: its arguments by name, its answer, and what the rows are."
     def __init__(self,
@@ -93,7 +93,7 @@ class Call(dict):
         null, cond = out.chunk(2)
         return null + self.guidance_scale.to(out).reshape(-1, *[1]*(out.dim() - 1))*(cond - null)
 
-# %% ../nbs/02_models/04_walk.ipynb #45886746
+# %% ../nbs/02_models/04_walk.ipynb #54e4e061
 def answer(
     model:nn.Module, # the denoiser
     call,            # its arguments, a `Call` or any dictionary
@@ -108,7 +108,7 @@ def answer(
                                   'wrap it in a module whose forward returns the tensor that matters')
     return found[0][1]
 
-# %% ../nbs/02_models/04_walk.ipynb #d6bd859b
+# %% ../nbs/02_models/04_walk.ipynb #509fc5c3
 def _alike(a, b, ra, rb, name=''):
     "Can two arguments be put below each other?"
     if name in TIME_NAMES: return True
@@ -146,7 +146,7 @@ def join(
     scale = torch.cat([c.guidance_scale for c in calls]) if guided else None
     return Call(inputs, out, calls[0].step, scale, torch.cat([c.trajectory for c in calls]))
 
-# %% ../nbs/02_models/04_walk.ipynb #0af8d6c6
+# %% ../nbs/02_models/04_walk.ipynb #309915a1
 def merge(
     calls:list,    # of Call
     rows:int=128,  # rows of a joined call, at most (one call alone may have more)
@@ -169,15 +169,15 @@ def _mergeable(a, b):
     if (a.guidance_scale is None) != (b.guidance_scale is None) or a.keys() != b.keys(): return False
     return all(_alike(a[k], b[k], a.rows, b.rows, k) for k in a)
 
-# %% ../nbs/02_models/04_walk.ipynb #afa29236
+# %% ../nbs/02_models/04_walk.ipynb #d362dae6
 def as_calls(
     model:nn.Module, # the model that takes the arguments
     given,           # list of dictionaries, of pairs (args, kwargs), or of Call
-) -> list:           # of Call
+) -> 'Recording':    # of Call, which cannot be run again
     "Ready-made inputs as calls; TypeError or ValueError names the entry that cannot be one."
     if isinstance(given, (str, Mapping)) or not isinstance(given, (list, tuple)) or not given:
         raise ValueError('calibration: expected a non-empty list of dicts of forward inputs, or of pairs (args, kwargs)')
-    return given if isinstance(given, Recording) else [_as_call(model, i, o) for i, o in enumerate(given)]
+    return given if isinstance(given, Recording) else Recording(_as_call(model, i, o) for i, o in enumerate(given))
 
 def _as_call(model, i, o):
     if isinstance(o, Call): return o
@@ -191,9 +191,9 @@ def _as_call(model, i, o):
         if p.kind is p.VAR_KEYWORD: named.update(named.pop(p.name, {}))
         if p.kind is p.VAR_POSITIONAL and named.pop(p.name, ()):
             raise ValueError(f'calibration: {type(model).__name__}.forward takes *{p.name}; give the arguments by name')
-    return Call({k: v for k, v in named.items() if k != 'return_dict'})
+    return Call({k: v for k, v in named.items() if k != 'return_dict'}, step=i)
 
-# %% ../nbs/02_models/04_walk.ipynb #3938f580
+# %% ../nbs/02_models/04_walk.ipynb #50abf00f
 def to_epsilon(
     out:Tensor,  # the model's output
     x:Tensor,    # x_t it was given
@@ -219,7 +219,7 @@ def shifted_timesteps(
     shift = torch.ones(n, dtype=torch.long) if generator is None else torch.randint(0, stride, (n,), generator=generator)
     return (base[:, None] + shift).clamp(0, train_steps - 1)
 
-# %% ../nbs/02_models/04_walk.ipynb #c0877c70
+# %% ../nbs/02_models/04_walk.ipynb #49e09cc7
 class DDIMSteps:
     "DDIM with a timestep of its own for each sample, for models that were trained with a schedule of alphas."
     def __init__(self,
@@ -257,7 +257,7 @@ class DDIMSteps:
         z = torch.randn((self.n, *like.shape[1:]), generator=generator(self.seed, 'eta', i))
         return (z if self.index is None else z[self.index]).to(like)
 
-# %% ../nbs/02_models/04_walk.ipynb #3536e9e6
+# %% ../nbs/02_models/04_walk.ipynb #6eb98683
 class SchedulerSteps:
     "The steps of any scheduler of diffusers: one schedule for all samples."
     def __init__(self,
@@ -286,7 +286,7 @@ class SchedulerSteps:
 
     def step(self, out, i, x): return self.scheduler.step(out, self.time(i), x, **self.options).prev_sample
 
-# %% ../nbs/02_models/04_walk.ipynb #8437ca07
+# %% ../nbs/02_models/04_walk.ipynb #7dfa705b
 def steps_of(
     scheduler,       # of diffusers
     n:int,           # samples
@@ -301,7 +301,7 @@ def steps_of(
         return SchedulerSteps(scheduler, steps, eta)
     return DDIMSteps(scheduler, shifted_timesteps(n, steps, len(scheduler.alphas_cumprod), generator), eta, seed)
 
-# %% ../nbs/02_models/04_walk.ipynb #494dd316
+# %% ../nbs/02_models/04_walk.ipynb #07915e48
 def _first_below(null, cond):
     "Both halves of a condition, nested or not: without it first."
     if torch.is_tensor(cond): return torch.cat([null, cond])
@@ -339,7 +339,7 @@ def walk(
         latents = steps.step(call.guided(), i, latents)
         yield call, latents
 
-# %% ../nbs/02_models/04_walk.ipynb #983713f8
+# %% ../nbs/02_models/04_walk.ipynb #d9e093cd
 class Recording(list):
     "Calls of the denoiser (a list of `Call`), and the runs that they came from."
     def __init__(self, calls=(), runs=()):
@@ -348,6 +348,10 @@ class Recording(list):
 
     @property
     def samples(self) -> int: return len({int(i) for c in self for i in c.trajectory})
+
+    def mark(self) -> str:
+        "Identity of the calls: their tensors, times and guidance."
+        return digest([[sorted(_tensors(dict(c)), key=lambda o: o[0]), c.timestep, c.guidance_scale] for c in self], bool(self.runs))
 
     def again(self,
         answers:dict=None, # place in the list -> answer to use there
@@ -374,7 +378,7 @@ class Recording(list):
             if run and kept: runs.append(run.take(keep(mine[0])))
         return Recording(calls, runs)
 
-# %% ../nbs/02_models/04_walk.ipynb #d0161a6c
+# %% ../nbs/02_models/04_walk.ipynb #41b9892f
 class _OwnRun:
     "A walk of ours that can be run again."
     def __init__(self, model, steps, conditions, sample_name):
@@ -428,7 +432,7 @@ def record_walk(
     with run.bar(total=len(steps), desc=desc) as bar: calls = list(own.calls(start, bar))
     return Recording(calls, [own])
 
-# %% ../nbs/02_models/04_walk.ipynb #4bf813d7
+# %% ../nbs/02_models/04_walk.ipynb #5122a1ce
 _CONDITION_FIRST = ('DiTPipeline',) # the order of the halves is the other one; without the usual flag
 
 def builtin_prompts() -> list: # of 128 texts
@@ -446,7 +450,7 @@ def check_prompts(
         if not isinstance(o, str): raise ValueError(f'calibration_prompts: entry {i} is a {type(o).__name__}, expected a text')
     return list(prompts)
 
-# %% ../nbs/02_models/04_walk.ipynb #8305f2a6
+# %% ../nbs/02_models/04_walk.ipynb #2c96763a
 class _Tap:
     "A hook that keeps the calls of a model while a pipeline runs, and may put another answer in place."
     def __init__(self, pipe, model, trajectory, answers=None):
@@ -492,7 +496,7 @@ class _Tap:
 
     pipe_scale = 4. # what DiTPipeline is called with here
 
-# %% ../nbs/02_models/04_walk.ipynb #0c0a5cc3
+# %% ../nbs/02_models/04_walk.ipynb #8372136c
 class _PipelineRun:
     "A pipeline's run that can be run again."
     def __init__(self, pipe, model, arguments, trajectory):
@@ -531,7 +535,7 @@ class _PipelineRun:
         new.__dict__.update(self.__dict__, index=index if self.index is None else self.index[index], end=self.end[index])
         return new
 
-# %% ../nbs/02_models/04_walk.ipynb #a48a423f
+# %% ../nbs/02_models/04_walk.ipynb #00d5334c
 _NEEDS_IMAGE = re.compile(r'Img2Img|Inpaint|ControlNet|Pix2Pix|Upscale|Depth|Edit|ImageTo|Image2|Video2|Adapter|Kontext|Fill|Redux')
 
 def _arguments(pipe, prompts, n, options):
@@ -578,7 +582,7 @@ def record(
             bar.update(len(ids))
     return Recording(calls, runs)
 
-# %% ../nbs/02_models/04_walk.ipynb #83916238
+# %% ../nbs/02_models/04_walk.ipynb #a44a11e6
 def record_inputs(
     model:nn.Module, # the denoiser inside `call`
     call,            # function without arguments that runs the model
