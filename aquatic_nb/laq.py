@@ -27,7 +27,7 @@ from .menu import effective_bits, menu, share_sets, shared_menu
 from .probe import Probe, row_gains, split_points
 from .walk import as_calls
 
-# %% ../nbs/05_bits/16_laq.ipynb #6d4916b8
+# %% ../nbs/05_bits/16_laq.ipynb #428a7a9b
 def _line(x, xs, ys):
     "Piecewise linear through the known values, going on straight at both ends."
     if len(xs) == 1: return ys[0]
@@ -54,7 +54,7 @@ def _errors(W, H, gains, What):
     rows = E.pow(2).sum(1) if H is None else ((E @ H)*E).sum(1).clamp(min=0)
     return float(rows.sum()), float((rows*gains.to(rows)).sum())
 
-# %% ../nbs/05_bits/16_laq.ipynb #fd09d264
+# %% ../nbs/05_bits/16_laq.ipynb #e4a80c98
 @dataclass(frozen=True)
 class _Layer:
     "What is known of one layer before its options are tried."
@@ -91,19 +91,20 @@ def _estimates(layer, seed):
                          cheap=c if c > 1e-20 else 0., measured=math.nan, encoded=o in known))
     return rows, weights
 
-# %% ../nbs/05_bits/16_laq.ipynb #d6728014
+# %% ../nbs/05_bits/16_laq.ipynb #ba7bed98
 SHARED_ANCHORS = ((1, 8), (2, 8), (4, 8)) # shared options that are really encoded
 
-def _set_books(kind, d, names, layers, moments, gains, seed):
+def _set_books(kind, d, names, layers, moments, gains, run):
     "Codebooks of a set for the anchors: {Scheme: [M, K, d]}."
     problems = []
     for n in names:
         W, H = layers[n].weight.detach().float().flatten(1), moments[n].H if n in moments else None
         problems.append((W, H, max(float(gains[n].mean()) if n in gains else 0., 1e-20)))
-    schemes = [Scheme(M, B, d, share=kind) for M, B in SHARED_ANCHORS]
+    seed, codebook_dtype = run
+    schemes = [Scheme(M, B, d, codebook_dtype, share=kind) for M, B in SHARED_ANCHORS]
     return {s: share_codebooks(problems, s, sweeps=1, seed=seed) for s in schemes}
 
-# %% ../nbs/05_bits/16_laq.ipynb #f6193352
+# %% ../nbs/05_bits/16_laq.ipynb #14767e2a
 def _measure(rows, weights, probe, model, steps):
     "Fill in the measured damage of the encoded options of one layer."
     for r in rows:
@@ -126,7 +127,7 @@ def _combine(rows):
             r['damage'] = r['cheap']*2**_line(x, *zip(*ratio))
     return rows
 
-# %% ../nbs/05_bits/16_laq.ipynb #e545398c
+# %% ../nbs/05_bits/16_laq.ipynb #3283b555
 def sensitivity(
     model:nn.Module,      # the full-precision denoiser
     batches:list,         # calls, as `calibration_batches` gives; the last trajectories are held out
@@ -135,6 +136,7 @@ def sensitivity(
     cheap=False,          # True: estimates from backward passes alone; False: measured for three options of each layer
     names:list=None,      # layers; None: all that can be packed
     held_out:int=4,       # trajectories on which damage is measured
+    codebook_dtype='int8', # 'int8' or 'fp16'
     work_dir=None,        # keeps finished layers: a killed run goes on
     seed:int=0,           # of everything random
     memory:int=2*2**30,   # bytes for the input moments that are held at once
@@ -148,23 +150,25 @@ def sensitivity(
     if unknown := [n for n in names if n not in layers]:
         raise ValueError(f'sensitivity: {unknown[0]!r} is not a layer that can be packed; layers are named like {next(iter(layers))!r}')
     if device is not None: model.to(device)
-    try: return _Analysis(model, as_calls(model, batches), names, held_out, options, Run(seed, workers, memory, progress)).table(cheap, work_dir)
+    run, offered = Run(seed, workers, memory, progress), (options, codebook_dtype)
+    try: return _Analysis(model, as_calls(model, batches), names, held_out, offered, run).table(cheap, work_dir)
     finally: model.to(home)
 
-# %% ../nbs/05_bits/16_laq.ipynb #f6b4f2e0
+# %% ../nbs/05_bits/16_laq.ipynb #d443960a
 class _Analysis:
     "The analysis of one model, wave by wave."
-    def __init__(self, model, calls, names, held_out, options, run):
+    def __init__(self, model, calls, names, held_out, offered, run):
+        options, self.codebook_dtype = offered
         self.model, self.names, self.run, self.layers = model, names, run, packable(model)
         self.rest, self.points = split_points(calls, held_out)
         self.order = [n for n in execution_order(model, calls[0]) if n in set(names)]
         self.waves = waves(self.order, lambda n: moment_bytes(self.layers[n]), run.memory)
-        self.menus = {n: (options or menu)(self.layers[n]) for n in names}
+        self.menus = {n: options(self.layers[n]) if options else menu(self.layers[n], codebook_dtype=self.codebook_dtype) for n in names}
         self.sets = {} if options is not None else self.fitting_sets()
-        for key, mates in self.sets.items(): self.menus |= {n: self.menus[n] + shared_menu(*key) for n in mates}
+        for key, mates in self.sets.items(): self.menus |= {n: self.menus[n] + shared_menu(*key, self.codebook_dtype) for n in mates}
         self.mark, self.dense_bytes = table_mark(model), next(model.parameters()).element_size()
-        self.key = digest(self.mark, list(calls), [c.guidance_scale for c in calls], {n: list(map(str, m)) for n, m in self.menus.items()},
-                          held_out, run.seed, bool(calls.runs))
+        self.key = digest(self.mark, calls.mark(), {n: list(map(str, m)) for n, m in self.menus.items()},
+                          held_out, run.seed)
 
     def fitting_sets(self):
         "Sets of layers that may share, where their moments fit into one wave."
@@ -187,7 +191,7 @@ class _Analysis:
                 bar.update(new.layer.nunique())
         return _ordered(table, self.names)
 
-# %% ../nbs/05_bits/16_laq.ipynb #d7135ab8
+# %% ../nbs/05_bits/16_laq.ipynb #bb31107e
 @patch
 def rows(self:_Analysis, todo, cheap):
     "Rows of the table, some layers at a time."
@@ -199,7 +203,7 @@ def rows(self:_Analysis, todo, cheap):
         mates = {key: names for key, names in self.sets.items() if set(names) & set(wave)}
         wanted = list(dict.fromkeys([*wave, *sum(mates.values(), [])]))
         moments = input_moments(model, self.rest, wanted, rows_per_input=2, seed=seed, workers=workers)
-        learn = lambda key: _set_books(*key, mates[key], self.layers, moments, self.gains, seed)
+        learn = lambda key: _set_books(*key, mates[key], self.layers, moments, self.gains, (seed, self.codebook_dtype))
         books = {n: found for key, found in zip(mates, list(in_order(learn, list(mates), workers))) for n in mates[key]}
         for part in (wave[i:i + 8] for i in range(0, len(wave), 8)):
             known = [self.layer(n, moments, books) for n in part]
@@ -235,7 +239,7 @@ def _ordered(table, names):
     at = table.layer.map({n: i for i, n in enumerate(names)})
     return table.assign(_at=at).sort_values(['_at', 'bytes'], kind='stable').drop(columns='_at').reset_index(drop=True)
 
-# %% ../nbs/05_bits/16_laq.ipynb #bceeda0f
+# %% ../nbs/05_bits/16_laq.ipynb #8f5bcfa2
 def worth_of(
     table:pd.DataFrame, # of `sensitivity`
     choice:dict,        # layer -> option

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['effective_bits', 'menu', 'share_sets', 'shared_menu']
 
-# %% ../nbs/05_bits/13_menu.ipynb #bd76ce0d
+# %% ../nbs/05_bits/13_menu.ipynb #77d5cd9a
 import math
 
 import numpy as np
@@ -14,7 +14,7 @@ from torch import nn
 from .aq import Scheme, stored_bytes
 from .kaq import catalogue, layer_kind, natural_group_size
 
-# %% ../nbs/05_bits/13_menu.ipynb #74290c5a
+# %% ../nbs/05_bits/13_menu.ipynb #a84323b5
 def effective_bits(
     scheme:Scheme, # an additive scheme
 )->float:          # bits a group that are worth as much as bits of a single codebook
@@ -25,11 +25,12 @@ def menu(
     module:nn.Module,    # Conv2d or Linear
     size:int=14,         # additive schemes kept, at most
     dense_bytes:int=None,# bytes of one weight that stays dense; None: the weight's dtype
+    codebook_dtype='int8', # 'int8' or 'fp16'
 )->list:                 # of Scheme and 'dense', by growing bytes
     "The options of one layer: additive schemes that no other beats, integers, and dense."
     shape, d = tuple(module.weight.shape), natural_group_size(module.weight.shape)
-    small = [Scheme(1, b, d) for b in (1, 2, 4, 5)]
-    schemes = small + [s for s in catalogue(d) if s.n_codebooks <= 4 and s.codebook_bits <= 9 and s.code_bits < 5]
+    small = [Scheme(1, b, d, codebook_dtype) for b in (1, 2, 4, 5)]
+    schemes = small + [s for s in catalogue(d, codebook_dtype) if s.n_codebooks <= 4 and s.codebook_bits <= 9 and s.code_bits < 5]
     front = []
     for _, e, i in sorted((stored_bytes(s, shape), -effective_bits(s), i) for i, s in enumerate(schemes)):
         if not front or -e > effective_bits(front[-1]): front.append(schemes[i])
@@ -38,7 +39,7 @@ def menu(
     dense_bytes = dense_bytes or module.weight.element_size()
     return sorted(options, key=lambda o: stored_bytes(o, shape, dense_bytes=dense_bytes))
 
-# %% ../nbs/05_bits/13_menu.ipynb #6bcb9dee
+# %% ../nbs/05_bits/13_menu.ipynb #e22e62a8
 _SHARED = ((1, 6), (1, 8), (1, 10), (1, 12), (2, 6), (2, 7), (2, 8), (2, 9), (3, 8), (4, 8)) # of what layers can share
 
 def share_sets(
@@ -54,6 +55,7 @@ def share_sets(
 def shared_menu(
     kind:str, # of layer
     d:int,    # group size
+    codebook_dtype='int8', # 'int8' or 'fp16'
 )->list:      # of Scheme, by growing effective bits
     "The options with codebooks that all layers of a kind hold together."
-    return sorted((Scheme(M, B, d, share=kind) for M, B in _SHARED), key=effective_bits)
+    return sorted((Scheme(M, B, d, codebook_dtype, share=kind) for M, B in _SHARED), key=effective_bits)
