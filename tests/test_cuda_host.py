@@ -1,4 +1,5 @@
 """The CUDA module without a GPU: host logic, dispatch, bad input, and the kernels' own source run on the CPU."""
+import ctypes
 import os
 import shutil
 import subprocess
@@ -8,41 +9,21 @@ import warnings
 
 import pytest
 import torch
-import torch.nn.functional as F
+from cuda_cases import close, random_layer, reference
+from cuda_emulator import Emulator, can_emulate
 from hypothesis import HealthCheck, given, settings, strategies as st
 from torch import nn
 
 from aquatic_nb import cuda
 from aquatic_nb.aq import AQTensor, Scheme, decode, stored_bytes
-from aquatic_nb.cuda import CHIPS, Emulator, Job, Program, choose, decode_into, job_of, plan, run_on, run_safely, tidy, why_not_call, why_not_device, why_not_fused
-from aquatic_nb.layers import AQLinear, from_aq, pick_kernel, uniform_codebook
+from aquatic_nb.cuda import (Job, aligned, choose, decode_into, job_of, plan_launch, run_on, run_safely, why_not_call,
+                             why_not_device, why_not_fused)
+from aquatic_nb.kernels import cuda_runtime
+from aquatic_nb.kernels.cuda_runtime import CHIPS, Gpu, chip_of, compile_cubin, find_nvrtc
+from aquatic_nb.kernels.cuda_source import Args, Program
+from aquatic_nb.layers import from_aq, pick_kernel
 
-needs_gxx = pytest.mark.skipif(shutil.which('g++') is None or not sys.platform.startswith('linux'), reason='the emulator needs Linux and g++')
-TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1e-2}
-
-
-def make_layer(kind, scheme, O, I, g, stride=1, pad=1, dtype=torch.float16, bias=True, groups=1):
-    m = nn.Linear(I, O, bias=bias) if kind == 'linear' else nn.Conv2d(I, O, 1 if kind == 'conv1x1' else 3, stride, 0 if kind == 'conv1x1' else pad, bias=bias, groups=groups)
-    if bias: m.bias.data = torch.randn(O, generator=g)
-    N, M, K, d = m.weight[0].numel(), scheme.n_codebooks, scheme.n_codewords, scheme.group_size
-    codes = torch.randint(K, (O, -(-N//d), M), generator=g).short()
-    if scheme.kind == 'uniform': books = uniform_codebook(scheme)
-    elif scheme.codebook_dtype == 'int8': books = torch.randint(-(127//M), 127//M + 1, (M, K, d), generator=g).to(torch.int8)
-    else: books = torch.randn(M, K, d, generator=g).half()
-    unit = 1 if scheme.codebook_dtype == 'fp16' else 50
-    return from_aq(m.to(dtype), AQTensor(codes, books, (torch.rand(O, generator=g) + .5).half()/(N**.5*unit), tuple(m.weight.shape), scheme))
-
-
-def reference(layer, x):
-    a = layer.aq
-    w = sum(a.codebooks[m].double()[a.codes[..., m].long()] for m in range(a.scheme.n_codebooks)).flatten(1)
-    w = (w[:, :layer.weight[0].numel()]*a.scales.double()[:, None]).reshape(a.shape)
-    b = None if layer.bias is None else layer.bias.double()
-    if isinstance(layer, AQLinear): return F.linear(x.double(), w, b)
-    return F.conv2d(x.double(), w, b, layer.stride, layer.padding, layer.dilation, layer.groups)
-
-
-def close(y, ref): return ((y.double() - ref).abs().max()/ref.abs().max()).item() < TOLERANCE[y.dtype]
+needs_gxx = pytest.mark.skipif(not can_emulate, reason='the emulator needs Linux and g++')
 
 
 # ---------------------------------------------------------------- the kernels' source on the CPU
@@ -55,7 +36,7 @@ few_examples = settings(max_examples=8, deadline=None, suppress_health_check=lis
 @given(st.integers(0, 99), st.integers(1, 50), st.integers(1, 12), st.integers(1, 8), st.integers(0, 2))
 def test_few_tokens(seed, O, eights, tokens, order):
     g = torch.Generator().manual_seed(seed)
-    layer, x = make_layer('linear', Scheme(2, 8, 8), O, 8*eights, g), torch.randn(tokens, 8*eights, generator=g).half()
+    layer, x = random_layer('linear', Scheme(2, 8, 8), O, 8*eights, g), torch.randn(tokens, 8*eights, generator=g).half()
     assert close(run_on(Emulator(order), layer, x, 'few'), reference(layer, x))
 
 
@@ -64,7 +45,7 @@ def test_few_tokens(seed, O, eights, tokens, order):
 @given(st.integers(0, 99), st.integers(1, 90), st.integers(1, 20), st.integers(1, 16), st.integers(0, 2))
 def test_gemm_rows(seed, O, eights, tokens, order):
     g = torch.Generator().manual_seed(seed)
-    layer, x = make_layer('linear', Scheme(2, 8, 8), O, 8*eights, g), torch.randn(tokens, 8*eights, generator=g).half()
+    layer, x = random_layer('linear', Scheme(2, 8, 8), O, 8*eights, g), torch.randn(tokens, 8*eights, generator=g).half()
     assert close(run_on(Emulator(order), layer, x, 'gemm'), reference(layer, x))
 
 
@@ -73,9 +54,9 @@ def test_gemm_rows(seed, O, eights, tokens, order):
 @given(st.integers(0, 99), st.integers(1, 40), st.integers(1, 50), st.integers(1, 3), st.integers(1, 5), st.integers(2, 7), st.integers(0, 2))
 def test_conv1x1_channels_first_any_number_of_channels(seed, O, I, images, h, w, order):
     g = torch.Generator().manual_seed(seed)
-    layer, x = make_layer('conv1x1', Scheme(1, 8, 8), O, I, g), torch.randn(images, I, h, w, generator=g).half()
+    layer, x = random_layer('conv1x1', Scheme(1, 8, 8), O, I, g), torch.randn(images, I, h, w, generator=g).half()
     backend = Emulator(order)
-    launch = plan('gemm', layer.scheme, job_of(layer, x), x.dtype, backend.chip, NT=2)
+    launch = plan_launch('gemm', layer.scheme, job_of(layer, x), x.dtype, backend.chip, NT=2)
     assert launch.program.shared_bytes() < 49152
     assert close(run_on(backend, layer, x, 'gemm', NT=2), reference(layer, x))
 
@@ -86,7 +67,7 @@ def test_conv1x1_channels_first_any_number_of_channels(seed, O, I, images, h, w,
 def test_conv3x3_any_map(seed, O, I, images, h, w, pad, order):
     g = torch.Generator().manual_seed(seed)
     if min(h, w) + 2*pad < 3: pad = 1
-    layer, x = make_layer('conv3x3', Scheme(2, 8, 9), O, I, g, pad=pad), torch.randn(images, I, h, w, generator=g).half()
+    layer, x = random_layer('conv3x3', Scheme(2, 8, 9), O, I, g, pad=pad), torch.randn(images, I, h, w, generator=g).half()
     assert close(run_on(Emulator(order), layer, x, 'conv', NT=4), reference(layer, x))
 
 
@@ -103,7 +84,7 @@ def test_every_way_of_storing(case, dtype):
     how, kind, scheme, O, I, shape, more = case
     more, g = dict(more), torch.Generator().manual_seed(3)
     last, stride, pad = more.pop('last', False), more.pop('stride', 1), more.pop('pad', 1)
-    layer = make_layer(kind, scheme, O, I, g, stride, pad, dtype, bias=how != 'conv')
+    layer = random_layer(kind, scheme, O, I, g, stride, pad, dtype, bias=how != 'conv')
     x = torch.randn(*shape, generator=g).to(dtype)
     if last: x = x.to(memory_format=torch.channels_last)
     ys = [run_on(Emulator(order), layer, x, how, **more) for order in range(3)]
@@ -115,7 +96,7 @@ def test_every_way_of_storing(case, dtype):
 @pytest.mark.parametrize('scheme,kind,I', [(Scheme(2, 8, 8), 'linear', 50), (Scheme(2, 5, 8), 'linear', 64), (Scheme(5, 8, 16), 'linear', 40), (Scheme(2, 9, 9), 'conv3x3', 7), (Scheme(1, 4, 1, kind='uniform'), 'linear', 33), (Scheme(2, 8, 9), 'last', 8)], ids=str)
 def test_decode_is_exact(scheme, kind, I):
     g = torch.Generator().manual_seed(1)
-    layer = make_layer('conv3x3' if kind == 'last' else kind, scheme, 11, I, g)
+    layer = random_layer('conv3x3' if kind == 'last' else kind, scheme, 11, I, g)
     x = torch.randn(2, I, generator=g).half() if kind == 'linear' else torch.randn(1, I, 5, 5, generator=g).half()
     if kind == 'last': x = x.to(memory_format=torch.channels_last)
     for dtype in (torch.float16, torch.bfloat16)[:2 if kind != 'linear' else 1]:
@@ -126,10 +107,10 @@ def test_decode_is_exact(scheme, kind, I):
 @needs_gxx
 def test_codebooks_too_large_for_shared_memory_are_read_from_device_memory():
     class Small(Emulator):
-        def __init__(self): super().__init__(); self.chip = cuda.chip_of('a small card', 10, 4096)
-    layer, x = make_layer('linear', Scheme(2, 10, 8), 9, 24, torch.Generator().manual_seed(0)), torch.randn(2, 24).half()
+        def __init__(self): super().__init__(chip=chip_of('a small card', 10, 4096))
+    layer, x = random_layer('linear', Scheme(2, 10, 8), 9, 24, torch.Generator().manual_seed(0)), torch.randn(2, 24).half()
     assert choose(layer.scheme, job_of(layer, x), Small().chip) == 'scratch'
-    assert plan('decode', layer.scheme, job_of(layer, x), x.dtype, Small().chip).program.SHARED_BOOKS == 0
+    assert plan_launch('decode', layer.scheme, job_of(layer, x), x.dtype, Small().chip).program.SHARED_BOOKS == 0
     assert torch.equal(decode_into(Small(), layer, x, job_of(layer, x)), decode(layer.aq, torch.float16))
     assert close(run_on(Small(), layer, x), reference(layer, x))
 
@@ -137,8 +118,8 @@ def test_codebooks_too_large_for_shared_memory_are_read_from_device_memory():
 @needs_gxx
 def test_split_sums_repeat():
     g = torch.Generator().manual_seed(0)
-    layer, x = make_layer('conv3x3', Scheme(2, 8, 9), 8, 256, g), torch.randn(1, 256, 4, 4, generator=g).half()
-    assert plan('conv', layer.scheme, job_of(layer, x), x.dtype, CHIPS[0]).splits > 1
+    layer, x = random_layer('conv3x3', Scheme(2, 8, 9), 8, 256, g), torch.randn(1, 256, 4, 4, generator=g).half()
+    assert plan_launch('conv', layer.scheme, job_of(layer, x), x.dtype, CHIPS[0]).splits > 1
     a, b = (run_on(Emulator(order), layer, x, 'conv') for order in (0, 2))
     assert torch.equal(a, b) and close(a, reference(layer, x))
 
@@ -149,15 +130,17 @@ def test_the_emulator_finds_planted_faults(fault):
     plant = {'barrier': ("'aq_gemm', 'block_sync();', ''"), 'bounds': ("'aq_gemm', 'a.O - 1', 'a.O + 9999'"), 'stuck': ("'aq_gemm', 'block_sync();', 'if (threadIdx.x) block_sync();'")}[fault]
     code = textwrap.dedent(f'''
         import torch
-        from aquatic_nb import cuda
-        from test_cuda_host import make_layer, reference, close
+        from aquatic_nb.cuda import run_on
+        from aquatic_nb.kernels.cuda_source import SOURCES
+        from cuda_cases import random_layer, reference, close
+        from cuda_emulator import Emulator
         from aquatic_nb.aq import Scheme
         kernel, old, new = {plant}
-        assert old in cuda.PARTS[kernel]
-        cuda.PARTS[kernel] = cuda.PARTS[kernel].replace(old, new)
+        assert old in SOURCES[kernel]
+        SOURCES[kernel] = SOURCES[kernel].replace(old, new)
         g = torch.Generator().manual_seed(0)
-        layer, x = make_layer('linear', Scheme(2, 8, 8), 20, 256, g), torch.randn(12, 256, generator=g).half()
-        ys = [cuda.run_on(cuda.Emulator(order), layer, x, 'gemm') for order in (0, 1)]
+        layer, x = random_layer('linear', Scheme(2, 8, 8), 20, 256, g), torch.randn(12, 256, generator=g).half()
+        ys = [run_on(Emulator(order), layer, x, 'gemm') for order in (0, 1)]
         assert torch.equal(*ys) and close(ys[0], reference(layer, x)), 'orders differ'
     ''')
     here = os.path.dirname(os.path.abspath(__file__))
@@ -171,14 +154,35 @@ def test_the_emulator_finds_planted_faults(fault):
 # ---------------------------------------------------------------- compilers, where they are
 
 def test_the_source_compiles_with_nvrtc():
-    try: library = cuda.find_nvrtc()
+    try: library = find_nvrtc()
     except RuntimeError as e: pytest.skip(str(e))
     for arch in (80, 90):
         for p in (Program('aq_few', 2, 8, 8), Program('aq_conv', 2, 8, 9, BF16=1), Program('aq_decode', 2, 10, 9, LAST=0)):
-            code, log = cuda.compile_cubin(p.text(), arch, library)
+            code, log = compile_cubin(p.text(), arch, library)
             assert code[:4] == b'\x7fELF' and '0 bytes spill stores' in log
     with pytest.raises(RuntimeError, match='NVRTC could not compile for sm_80.*no_such_thing'):
-        cuda.compile_cubin('__global__ void f() { no_such_thing(); }', 80, library)
+        compile_cubin('__global__ void f() { no_such_thing(); }', 80, library)
+
+
+class Nvrtc:
+    "A compiler that only answers: a log, machine code, or an error."
+    def __init__(self, log=b'', code=b'', bad=0): self.said, self.bad, self.gone = dict(ProgramLog=log + b'\0', CUBIN=code), bad, False
+    def nvrtcCreateProgram(self, program, text, *rest): self.text = text; return 0
+    def nvrtcCompileProgram(self, program, n, options): self.options = list(options)[:n]; return self.bad
+    def nvrtcDestroyProgram(self, program): self.gone = True
+    def __getattr__(self, name):
+        part = self.said[name.removeprefix('nvrtcGet').removesuffix('Size')]
+        if name.endswith('Size'): return lambda program, size: setattr(size._obj, 'value', len(part))
+        return lambda program, buffer: ctypes.memmove(buffer, part, len(part))
+
+
+def test_what_the_compiler_is_told_and_what_is_read_from_it():
+    library = Nvrtc(b'ptxas info: Used 40 registers', b'\x7fELF\0\0code\0')
+    assert compile_cubin('text', 90, library) == (b'\x7fELF\0\0code\0', 'ptxas info: Used 40 registers')
+    assert library.text == b'text' and b'--gpu-architecture=sm_90' in library.options and library.gone
+    library = Nvrtc(b'line 1: error\nline 2', bad=6)
+    with pytest.raises(RuntimeError, match=r'could not compile for sm_80 \(error 6\): line 1: error | line 2'): compile_cubin('text', 80, library)
+    assert library.gone
 
 
 @pytest.mark.skipif(shutil.which('nvcc') is None, reason='no nvcc')
@@ -194,15 +198,15 @@ def test_the_source_compiles_with_nvcc(kernel, tmp_path):
 
 def test_nvrtc_missing_is_said():
     with pytest.raises(RuntimeError, match='libnvrtc.*CUDA build of torch') as e:
-        old, cuda.ctypes.CDLL = cuda.ctypes.CDLL, lambda name: (_ for _ in ()).throw(OSError(name))
-        try: cuda.find_nvrtc(['/nowhere'])
-        finally: cuda.ctypes.CDLL = old
+        old, ctypes.CDLL = ctypes.CDLL, lambda name: (_ for _ in ()).throw(OSError(name))
+        try: find_nvrtc(['/nowhere'])
+        finally: ctypes.CDLL = old
     assert '/nowhere' in str(e.value)
 
 
 # ---------------------------------------------------------------- host logic
 
-def linear(scheme=Scheme(2, 8, 8), O=24, I=64, **kw): return make_layer('linear', scheme, O, I, torch.Generator().manual_seed(0), **kw)
+def linear(scheme=Scheme(2, 8, 8), O=24, I=64, **kw): return random_layer('linear', scheme, O, I, torch.Generator().manual_seed(0), **kw)
 
 
 def test_no_gpu_no_cuda_kernel_and_the_reason_is_said():
@@ -251,12 +255,12 @@ def test_layers_become_jobs():
     g = torch.Generator().manual_seed(0)
     x = torch.randn(2, 8, 9, 7).half()
     assert job_of(linear(), torch.randn(2, 5, 64).half()) == Job('linear', 24, 8, 64, 10, True, 1, 10, 1, 10)
-    conv = make_layer('conv3x3', Scheme(2, 8, 9), 6, 8, g, stride=2)
+    conv = random_layer('conv3x3', Scheme(2, 8, 9), 6, 8, g, stride=2)
     assert job_of(conv, x) == Job('conv3x3', 6, 8, 72, 40, False, 9, 7, 5, 4, 2, 1)
     assert job_of(conv, x.to(memory_format=torch.channels_last)).last
-    assert job_of(make_layer('conv3x3', Scheme(2, 8, 9), 6, 8, g, groups=2), x).kind == 'other'
+    assert job_of(random_layer('conv3x3', Scheme(2, 8, 9), 6, 8, g, groups=2), x).kind == 'other'
     for change in ({'dilation': (2, 2)}, {'padding_mode': 'reflect'}, {'padding': 'same'}, {'padding': (1, 0)}, {'stride': (1, 2)}):
-        odd = make_layer('conv3x3', Scheme(2, 8, 9), 6, 8, g)
+        odd = random_layer('conv3x3', Scheme(2, 8, 9), 6, 8, g)
         for k, v in change.items(): setattr(odd, k, v)
         assert job_of(odd, x).kind == 'other', change
 
@@ -265,7 +269,7 @@ def test_layers_become_jobs():
 def test_odd_convolutions_run_through_scratch():
     g = torch.Generator().manual_seed(0)
     for kw in ({'groups': 2}, {'stride': 3}):
-        layer, x = make_layer('conv3x3', Scheme(2, 8, 9), 6, 8, g, **kw), torch.randn(2, 8, 9, 7, generator=g).half()
+        layer, x = random_layer('conv3x3', Scheme(2, 8, 9), 6, 8, g, **kw), torch.randn(2, 8, 9, 7, generator=g).half()
         assert close(run_on(Emulator(), layer, x), reference(layer, x))
 
 
@@ -273,7 +277,7 @@ def test_odd_convolutions_run_through_scratch():
 def test_grids_cover_the_work_and_fit_the_chip(chip):
     for tokens in (1, 8, 9, 64, 1000):
         job = Job('linear', 960, 120, 960, tokens, True, 1, tokens, 1, tokens)
-        launch = plan('gemm', Scheme(2, 8, 8), job, torch.float16, chip)
+        launch = plan_launch('gemm', Scheme(2, 8, 8), job, torch.float16, chip)
         assert launch.grid[0]*8*launch.program.NT >= tokens and launch.grid[1]*64*launch.program.MT >= 960
         assert launch.grid[2] == launch.splits <= 15 and launch.program.shared_bytes() <= chip.shared
     assert choose(Scheme(2, 8, 8), Job('linear', 7680, 120, 960, 2, True), chip) == 'few'
@@ -282,16 +286,16 @@ def test_grids_cover_the_work_and_fit_the_chip(chip):
 
 def test_misaligned_and_strided_inputs_are_copied_and_aligned_ones_are_not():
     x = torch.randn(4, 64).half()
-    assert tidy(x) is x or tidy(x).data_ptr() == x.data_ptr()
+    assert aligned(x) is x or aligned(x).data_ptr() == x.data_ptr()
     last = torch.randn(2, 8, 4, 4).half().to(memory_format=torch.channels_last)
-    assert tidy(last).data_ptr() == last.data_ptr() and tidy(last).stride() == last.stride()
+    assert aligned(last).data_ptr() == last.data_ptr() and aligned(last).stride() == last.stride()
     for odd in (torch.randn(257).half()[1:].view(4, 64), torch.randn(64, 4).half().T, torch.randn(2, 16, 4, 4).half()[:, ::2]):
-        assert torch.equal(tidy(odd), odd) and tidy(odd).is_contiguous() and tidy(odd).data_ptr() % 16 == 0
+        assert torch.equal(aligned(odd), odd) and aligned(odd).is_contiguous() and aligned(odd).data_ptr() % 16 == 0
 
 
 def test_compile_failure_gives_one_warning_and_dense_results():
     class Broken(Emulator):
-        def ready(self, launch): raise RuntimeError('NVRTC could not compile for sm_80: planted')
+        def build(self, program): raise RuntimeError('NVRTC could not compile for sm_80: planted')
     backend, layer, x = Broken(), linear(), torch.randn(3, 64).half()
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter('always')
@@ -322,7 +326,7 @@ def test_a_measured_table_decides(tmp_path):
 def test_counts_are_those_of_the_format():
     s, job = Scheme(2, 8, 8), Job('linear', 960, 120, 960, 1, True)
     floor = stored_bytes(s, (960, 960))/CHIPS[0].bandwidth
-    assert all(cuda.expected(h, s, job, CHIPS[0]) > floor for h in ('few', 'gemm', 'scratch'))
+    assert all(cuda.computed_seconds(h, s, job, CHIPS[0]) > floor for h in ('few', 'gemm', 'scratch'))
 
 
 @needs_gxx
@@ -347,25 +351,24 @@ def test_what_reaches_the_driver(monkeypatch):
                 calls.append(name)
                 if name == 'cuLaunchKernel':
                     seen['grid'], seen['block'], seen['shared'] = args[1:4], args[4:7], args[7]
-                    seen['args'] = cuda.Args.from_buffer_copy(cuda.ctypes.string_at(args[9][0], cuda.ctypes.sizeof(cuda.Args)))
+                    seen['args'] = Args.from_buffer_copy(ctypes.string_at(args[9][0], ctypes.sizeof(Args)))
                 return 0
             return call
     class Stream: cuda_stream = 7
     class Here:
         def __enter__(self): return self
         def __exit__(self, *a): return None
-    monkeypatch.setattr(cuda.torch.cuda, 'device', lambda i: Here())
-    monkeypatch.setattr(cuda.torch.cuda, 'current_stream', lambda *a: Stream)
-    monkeypatch.setattr(cuda, 'compile_cubin', lambda text, arch: (b'ELF', ''))
-    g = cuda.Gpu.__new__(cuda.Gpu)
-    g.index, g.arch, g.broken, g._loaded, g._scratch, g.chip, g.driver = 0, 90, None, {}, {}, CHIPS[0], Driver()
+    monkeypatch.setattr(torch.cuda, 'device', lambda i: Here())
+    monkeypatch.setattr(torch.cuda, 'current_stream', lambda *a: Stream)
+    monkeypatch.setattr(cuda_runtime, 'compile_cubin', lambda text, arch: (b'ELF', ''))
+    g = Gpu(0, 90, CHIPS[0], Driver())
     layer, x = linear(), torch.randn(3, 64).half()
     run_on(g, layer, x, 'few'); run_on(g, layer, x, 'few')
     assert calls.count('cuModuleLoadData') == 1 and calls.count('cuLaunchKernel') == 2
     a = seen['args']
     assert (a.O, a.J, a.N, a.T, a.splits, a.codes, a.x, a.bits, a.partial) == (24, 8, 64, 3, 1, layer.codes.data_ptr(), x.data_ptr(), None, None)
     assert seen['grid'] == (2, 1, 1) and seen['block'] == (128, 1, 1) and seen['shared'] == Program('aq_few', 2, 8, 8, NT=1).shared_bytes()
-    assert cuda.ctypes.sizeof(cuda.Args) == 8*8 + 11*4 + 4
+    assert ctypes.sizeof(Args) == 8*8 + 11*4 + 4
     assert run_safely(g, layer, x, 'scratch').shape == (3, 24) and 'aq_decode' in {p.kernel for p in g._loaded}
     one = g.scratch(10, torch.float16, 'cpu'); two = g.scratch(5, torch.float16, 'cpu')
     assert one.data_ptr() == two.data_ptr() and two.numel() == 5
@@ -393,7 +396,7 @@ def test_a_whole_unet_through_the_emulator():
     args = torch.randn(2, 3, 8, 8, generator=g).half(), 500, torch.randn(2, 1, 16, generator=g).half()
     used, backend = set(), Emulator()
     def run(layer, x):
-        x = tidy(x); job = job_of(layer, x)
+        x = aligned(x); job = job_of(layer, x)
         how = 'scratch' if why_not_fused(layer.scheme, job, backend.chip.shared) else 'conv' if job.kind == 'conv3x3' else 'few' if job.T <= 8 and job.last else 'gemm'
         used.add((how, job.kind))
         return run_on(backend, layer, x, how)
