@@ -7,7 +7,6 @@ __all__ = ['PLANES', 'search_codes', 'damp', 'corrected_target', 'State', 'start
            'refit_codebooks', 'refit_scales', 'encode_rows', 'to_aq', 'encode', 'relative_error', 'share_codebooks']
 
 # %% ../nbs/03_encoder/10_encode.ipynb #b3280541
-import copy
 import math
 from dataclasses import dataclass, field, replace
 
@@ -23,7 +22,7 @@ from .kaq import pad_h
 # %% ../nbs/03_encoder/10_encode.ipynb #ea190d35
 @njit(nogil=True, fastmath=True, cache=True)
 def _least(bits):
-    "Least float32 of a vector, given as its bits: integers compare faster than floats here. The result is an ordered key."
+    "Ordered key of the least float32 of a vector, given as its bits: integers compare faster than floats here."
     low = np.int32(2147483647)
     for k in range(len(bits)):
         v = bits[k]
@@ -44,11 +43,13 @@ def _score_row(base, cross, part, n, m, add, row):
         table = cross[l, m, part[l]]
         for k in range(len(row)): row[k] += 2*table[k]
 
+# %% ../nbs/03_encoder/10_encode.ipynb #6ea673d4
 @njit(nogil=True, fastmath=True, cache=True)
 def _keep_best(row, bits, h, kept, score, count, width):
-    "Put the codewords of `row`, after hypothesis h, among the best `width` (kept[p] = h, k); returns how many there are."
+    "Put the codewords of `row`, after hypothesis h, among the best `width` (kept[p] = h, k); returns their number."
+    worst = score.view(np.int32)[width - 1:width]
     for a in range(0, len(row), 16):
-        if count == width and _least(bits[a:a + 16]) >= _least(score.view(np.int32)[width - 1:width]): continue
+        if count == width and _least(bits[a:a + 16]) >= _least(worst): continue
         for k in range(a, min(a + 16, len(row))):
             v = row[k]
             if count < width or v < score[width - 1]:
@@ -62,48 +63,57 @@ def _keep_best(row, bits, h, kept, score, count, width):
 
 # %% ../nbs/03_encoder/10_encode.ipynb #1f46490b
 @njit(nogil=True, fastmath=True, cache=True)
+def _search_row(base, cross, best, beam, room):
+    "Beam over the books for one row; a cheaper end goes to `best` [M]. `room`: scratch arrays."
+    row, bits, hyp, hyp_score, kept, new, score = room
+    M = len(best)
+    now = np.float32(0.)
+    for m in range(M):
+        now += base[m, best[m]]
+        for l in range(m): now += 2*cross[l, m, best[l], best[m]]
+    count, hyp_score[0] = 1, np.float32(0.)
+    for m in range(M):
+        width, n, count = (1 if m == M - 1 else beam), count, 0
+        for h in range(n):
+            _score_row(base[m], cross, hyp[h], m, m, hyp_score[h], row)
+            if count == width and _least(bits) >= _least(score.view(np.int32)[width - 1:width]): continue
+            count = _keep_best(row, bits, h, kept, score, count, width)
+        for p in range(count):
+            for l in range(m): new[p, l] = hyp[kept[p, 0], l]
+            new[p, m], hyp_score[p] = kept[p, 1], score[p]
+        hyp, new = new, hyp
+    if hyp_score[0] < now - 1e-6*abs(now):
+        for m in range(M): best[m] = hyp[0, m]
+
+# %% ../nbs/03_encoder/10_encode.ipynb #bbbea735
+@njit(nogil=True, fastmath=True, cache=True)
 def _search_tables(dots, norms, cross, codes, beam, rounds):
-    "Beam and ICM for each row of `codes` [O, M] in place; tables dots [O, M, K], norms [M, K], cross [M, M, K, K]."
+    "Beam and ICM for each row of `codes` [O, M]; tables dots [O, M, K], norms [M, K], cross [M, M, K, K]."
     O, M, K = dots.shape
     row, base = np.empty(K, np.float32), np.empty((M, K), np.float32)
     bits = row.view(np.int32)
-    hyp, hyp_score, kept = np.zeros((beam, M), np.int32), np.zeros(beam, np.float32), np.zeros((beam, 2), np.int32)
-    new, score = np.zeros((beam, M), np.int32), np.zeros(beam, np.float32)
+    room = (row, bits, np.zeros((beam, M), np.int32), np.zeros(beam, np.float32),
+            np.zeros((beam, 2), np.int32), np.zeros((beam, M), np.int32), np.zeros(beam, np.float32))
     for o in range(O):
-        best, now = codes[o], np.float32(0.)
+        best = codes[o]
         for m in range(M):
             for k in range(K): base[m, k] = norms[m, k] - 2*dots[o, m, k]
-            now += base[m, best[m]]
-            for l in range(m): now += 2*cross[l, m, best[l], best[m]]
-        count, hyp_score[0] = 1, np.float32(0.)
-        for m in range(M):
-            width, n, count = (1 if m == M - 1 else beam), count, 0
-            for h in range(n):
-                _score_row(base[m], cross, hyp[h], m, m, hyp_score[h], row)
-                if count == width and _least(bits) >= _least(score.view(np.int32)[width - 1:width]): continue
-                count = _keep_best(row, bits, h, kept, score, count, width)
-            for p in range(count):
-                for l in range(m): new[p, l] = hyp[kept[p, 0], l]
-                new[p, m], hyp_score[p] = kept[p, 1], score[p]
-            hyp, new = new, hyp
-        if hyp_score[0] < now - 1e-6*abs(now):
-            for m in range(M): best[m] = hyp[0, m]
+        _search_row(base, cross, best, beam, room)
         for r in range(rounds):
             moved = False
             for m in range(M):
                 _score_row(base[m], cross, best, M, m, np.float32(0.), row)
-                low = _least(bits)
                 here = row[best[m]]
-                if low >= _least(bits[best[m]:best[m] + 1]): continue
+                if _least(bits) >= _least(bits[best[m]:best[m] + 1]): continue
                 k = np.argmin(row)
                 if row[k] < here - 1e-6*abs(here): best[m] = k; moved = True
             if not moved: break
 
 # %% ../nbs/03_encoder/10_encode.ipynb #18ea3fb7
 def _search_torch(a, C, CH, norms, codes, beam, rounds):
-    "The same search without tables: a [O, d], C and CH [M, K, d], norms [M, K], codes [O, M]; returns new codes."
+    "The same search without tables: a [O, d], C and CH [M, K, d], norms [M, K]; returns new codes [O, M]."
     O, (M, K, d) = len(a), C.shape
-    def value(c): v = sum_codewords(c, C); return ((sum_codewords(c, CH) - 2*a)*v).sum(-1)
+    def value(c): return ((sum_codewords(c, CH) - 2*a)*sum_codewords(c, C)).sum(-1)
     hyp, score, part = codes.new_zeros(O, 1, 0), a.new_zeros(O, 1), a.new_zeros(O, 1, d)
     for m in range(M):
         cand = score[..., None] + norms[m] - 2*(a[:, None] - part) @ C[m].T        # part is sum(C H)
@@ -137,7 +147,8 @@ def search_codes(
     norms = (CH*C).sum(-1)
     dots = (a @ C.reshape(M*K, d).T).reshape(len(a), M, K)
     if M == 1: return (norms[0] - 2*dots[:, 0]).argmin(1, keepdim=True).to(torch.int32)
-    if a.device.type != 'cpu' or (M*K)**2 > 2**24: return _search_torch(a, C, CH, norms, codes.clone(), beam, rounds)
+    if a.device.type != 'cpu' or (M*K)**2 > 2**24:
+        return _search_torch(a, C, CH, norms, codes.clone(), beam, rounds)
     cross, new = torch.empty(M, M, K, K), codes.contiguous().clone()
     for l in range(M):
         for m in range(M):
@@ -151,7 +162,8 @@ def damp(
     fraction=.1,   # of the mean diagonal
 )->Tensor:         # [N, N] positive definite
     "H plus a fraction of its mean diagonal; the identity where H is zero."
-    if not torch.isfinite(H).all(): raise ValueError('H holds NaN or infinity; the calibration inputs overflow somewhere')
+    if not torch.isfinite(H).all():
+        raise ValueError('H holds NaN or infinity; the calibration inputs overflow somewhere')
     mean = H.diagonal().mean()
     if mean <= 0: return torch.eye(len(H), dtype=H.dtype, device=H.device)
     out = H.clone()
@@ -171,18 +183,19 @@ def corrected_target(
 @dataclass
 class State:
     "What the encoder is working on: the problem, and the current answer."
-    W:Tensor       # [O, J*d] target rows
-    H:Tensor       # [J*d, J*d] damped second moments
-    scheme:Scheme
-    codes:Tensor   # [O, J, M] int32
-    C:Tensor       # [M, K, d] float32 codebooks
-    scales:Tensor  # [O] float32
+    W:Tensor         # [O, J*d] target rows
+    H:Tensor         # [J*d, J*d] damped second moments
+    scheme:Scheme    # storage scheme
+    codes:Tensor     # [O, J, M] int32
+    C:Tensor         # [M, K, d] float32 codebooks
+    scales:Tensor    # [O] float32
     What:Tensor=None # [O, J*d] current decoding
     G:Tensor=None    # [O, J*d] (W - What) H, kept up to date by the half-steps
     WH:Tensor=None   # [O, J*d] W H, made when first needed
     trace:list=field(default_factory=list) # (half-step, loss) pairs
 
-    def decode(self, C=None): return (sum_codewords(self.codes, self.C if C is None else C)*self.scales[:, None, None]).flatten(1)
+    def decode(self, C=None):
+        return (sum_codewords(self.codes, self.C if C is None else C)*self.scales[:, None, None]).flatten(1)
     def refresh(self): self.G = (self.W - self.What) @ self.H
     def loss(self): return ((self.W - self.What)*self.G).sum(dtype=torch.float64).item()
     def note(self, step): self.trace.append((step, self.loss()))
@@ -194,7 +207,7 @@ def start(
     scheme:Scheme,      # storage scheme
     seed:int=0,         # seed of k-means
     per_codeword=24,    # vectors per codeword that k-means looks at
-    earlier:State=None, # an encoding with fewer codebooks: they stay, the missing ones are learned from what it leaves
+    earlier:State=None, # an encoding with fewer codebooks, which stay; the others learn from what it leaves
 )->State:               # first codes, codebooks and scales
     "Residual k-means on a subsample, weighted by diag(H)."
     if scheme.kind == 'uniform': return _start_uniform(W, H, scheme)
@@ -214,6 +227,7 @@ def start(
     codes = torch.cat(codes, 1).reshape(O, J, -1).to(torch.int32)
     return _ready(State(W, H, scheme, codes, torch.cat([*books, C]), scales), 'k-means')
 
+# %% ../nbs/03_encoder/10_encode.ipynb #04b44e27
 def _picked(live, n, gen):
     "At most n positions, drawn from those that are live (from all, if none is)."
     at = live.nonzero().flatten() if live.any() else torch.arange(len(live), device=live.device)
@@ -239,7 +253,16 @@ def _start_uniform(W, H, scheme, grid=24):
     scales = torch.where(W.abs().amax(1) > 0, best, 0*best)
     return _ready(State(W, H, scheme, codes.to(torch.int32)[..., None], C, scales), 'rounding')
 
-# %% ../nbs/03_encoder/10_encode.ipynb #45a91d66
+# %% ../nbs/03_encoder/10_encode.ipynb #766b8f54
+def _inverse(scales): return torch.where(scales > 0, 1/scales.clamp(min=1e-30), 0)[:, None]
+
+def _keep_better(st, codes):
+    "Take the codes of those rows where they lower the loss."
+    What = (sum_codewords(codes, st.C)*st.scales[:, None, None]).flatten(1)
+    G = (st.W - What) @ st.H
+    better = ((st.W - What)*G).sum(1) < ((st.W - st.What)*st.G).sum(1)
+    st.codes[better], st.What[better], st.G[better] = codes[better], What[better], G[better]
+
 def _triangle(H, d):
     "Columns by growing loudness of their group, and the Cholesky factor of H in that order."
     order = H.diagonal().reshape(-1, d).sum(1).argsort(stable=True)
@@ -251,6 +274,7 @@ def _triangle(H, d):
         A.diagonal().add_(lift*A.diagonal().mean())
     return index, L
 
+# %% ../nbs/03_encoder/10_encode.ipynb #4edee0c5
 def nearest_plane(
     st:State,      # changed in place
     triangle=None, # of `_triangle`, where it is at hand
@@ -258,7 +282,7 @@ def nearest_plane(
     rounds:int=3,  # ICM rounds
     columns=144,   # columns in a block
 ):
-    "Decide the groups in turn by the error that those to come can't mend; rows that would get worse stay as they are."
+    "Decide the groups in turn by the error that those to come can't mend; rows that would get worse stay."
     d, new = st.scheme.group_size, st.codes.clone()
     index, L = triangle or _triangle(st.H, d)
     W, per, inverse = st.W[:, index], max(1, columns//d), _inverse(st.scales)
@@ -274,15 +298,6 @@ def nearest_plane(
         past[:, :block.start] += E[:, block] @ L[block, :block.start]
     _keep_better(st, new)
     st.note('planes')
-
-def _inverse(scales): return torch.where(scales > 0, 1/scales.clamp(min=1e-30), 0)[:, None]
-
-def _keep_better(st, codes):
-    "Take the codes of those rows where they lower the loss."
-    What = (sum_codewords(codes, st.C)*st.scales[:, None, None]).flatten(1)
-    G = (st.W - What) @ st.H
-    better = ((st.W - What)*G).sum(1) < ((st.W - st.What)*st.G).sum(1)
-    st.codes[better], st.What[better], st.G[better] = codes[better], What[better], G[better]
 
 # %% ../nbs/03_encoder/10_encode.ipynb #9be1e9e9
 def sweep_codes(
@@ -324,16 +339,18 @@ def _codeword_blocks(st):
     M, K, d = st.C.shape
     O, J, _ = st.codes.shape
     blocks = torch.stack([st.H[j*d:(j+1)*d, j*d:(j+1)*d] for j in range(J)]).reshape(J, -1)
-    s2, where = st.scales.pow(2)[:, None].expand(O, J).reshape(-1), torch.arange(J, device=st.W.device).repeat(O)
+    s2 = st.scales.pow(2)[:, None].expand(O, J).reshape(-1)
+    where = torch.arange(J, device=st.W.device).repeat(O)
     count = st.W.new_zeros(M, K*J)
     for m in range(M): count[m].index_add_(0, st.codes[..., m].reshape(-1).long()*J + where, s2)
     return (count.reshape(M*K, J) @ blocks).reshape(M*K, d, d)
 
-def _preconditioner(B, ridge):
-    "Inverse of the blocks [M*K, d, d], and the ridge in their units."
-    size = B.diagonal(dim1=1, dim2=2).mean(1)
+# %% ../nbs/03_encoder/10_encode.ipynb #86a6bd6e
+def _lifted(blocks, ridge=1e-6):
+    "The blocks [M*K, d, d] made positive definite (unused codewords have none), and the ridge in their units."
+    size = blocks.diagonal(dim1=1, dim2=2).mean(1)
     lift = (1e-3*size + ridge*size.mean()).clamp(min=1e-20)
-    return torch.linalg.inv(B + lift[:, None, None]*torch.eye(B.shape[1], device=B.device)), ridge*size.mean()
+    return blocks + lift[:, None, None]*torch.eye(blocks.shape[1], device=blocks.device), ridge*size.mean()
 
 # %% ../nbs/03_encoder/10_encode.ipynb #d24b3a2b
 def refit_codebooks(
@@ -344,11 +361,20 @@ def refit_codebooks(
 ):
     "Conjugate gradients on the codebooks for fixed codes; the loss (the sum over all states) never rises."
     C = states[0].C
-    if states[0].scheme.kind == 'uniform' or iters == 0: return
-    inverse, ridge = _preconditioner(sum(_codeword_blocks(st) for st in states), ridge)
+    if states[0].scheme.kind == 'uniform': return
+    blocks, ridge = _lifted(sum(_codeword_blocks(st) for st in states), ridge)
+    x, G = _conjugate_gradients(states, torch.linalg.inv(blocks), iters, ridge, enough)
+    for st, g in zip(states, G):
+        if torch.isfinite(x).all(): st.C = C + x; st.What, st.G = st.decode(), g
+        st.note('codebooks')
+
+# %% ../nbs/03_encoder/10_encode.ipynb #f35df5ad
+def _conjugate_gradients(states, inverse, iters, ridge, enough):
+    "What to add to the codebooks, and the states' G afterwards."
     precondition = lambda R: (inverse @ R.reshape(len(inverse), -1, 1)).reshape(R.shape)
-    r, loss, G = sum(_scatter(st, st.G) for st in states), sum(st.loss() for st in states), [st.G.clone() for st in states]
-    x, z = torch.zeros_like(C), precondition(r)
+    r, G = sum(_scatter(st, st.G) for st in states), [st.G.clone() for st in states]
+    loss = sum(st.loss() for st in states)
+    x, z = torch.zeros_like(r), precondition(r)
     p, rz = z, (r*z).sum()
     first = rz
     for _ in range(iters):
@@ -363,9 +389,7 @@ def refit_codebooks(
         z = precondition(r)
         new = (r*z).sum()
         p, rz = z + new/rz*p, new
-    for st, g in zip(states, G):
-        if torch.isfinite(x).all(): st.C = C + x; st.What, st.G = st.decode(), g
-        st.note('codebooks')
+    return x, G
 
 # %% ../nbs/03_encoder/10_encode.ipynb #f0c96028
 def refit_scales(
@@ -380,6 +404,40 @@ def refit_scales(
     st.note('scales')
 
 # %% ../nbs/03_encoder/10_encode.ipynb #e47d9aa2
+def _nearest_integers(Z, L, limit):
+    "Integers near Z [n, d] where errors e cost |e L|^2, entry after entry."
+    q, E = torch.empty_like(Z), torch.zeros_like(Z)
+    for k in reversed(range(Z.shape[1])):
+        wish = Z[:, k] + (E*L[:, :, k]).sum(1)/L[:, k, k]
+        q[:, k] = wish.round().clamp(-limit[:, k], limit[:, k])
+        E[:, k] = Z[:, k] - q[:, k]
+    return q
+
+def _to_int8(C, blocks):
+    "Whole numbers whose sums stay within -127..127, and their step, for codewords of curvature `blocks`."
+    M, K, d = C.shape
+    top, L, best = C.abs().amax(1).clamp(min=1e-30), torch.linalg.cholesky(_lifted(blocks)[0]), None
+    for tight in (1., .85, .7):                                     # smaller steps clip the longest codewords
+        step = tight*top.sum(0).max()/(127 - .5*M)
+        room = top/step + .5                                               # [M, d]
+        limit = (room*(127/room.sum(0)).clamp(max=1)).floor().repeat_interleave(K, 0)
+        Z = (C/step).reshape(M*K, d)
+        q = _nearest_integers(Z, L, limit)
+        cost = float(((((Z - q)*step)[:, None] @ L)**2).sum())
+        if best is None or cost < best[0]: best = cost, q.reshape(M, K, d), step
+    return best[1:]
+
+# %% ../nbs/03_encoder/10_encode.ipynb #67dc03c5
+def _to_half(scales):
+    half = scales.half().float()
+    off = (half - scales).abs()
+    bad = (off > .01*scales.abs()) & ~(off < 1e-4*scales.abs().max())    # rows that hardly count may be off
+    if bad.any():
+        raise ValueError(f'{int(bad.sum())} of {len(scales)} row scales lie outside the range of fp16 (from '
+                         f'{float(scales.min()):.3g} to {float(scales.max()):.3g}); '
+                         'rescale the weight or keep this layer dense')
+    return half
+
 def _round_storage(st):
     "Round codebooks to int8 or fp16 values (kept as float32) and scales to fp16."
     if st.scheme.kind == 'aq' and st.scheme.codebook_dtype == 'int8':
@@ -389,60 +447,19 @@ def _round_storage(st):
     st.scales = _to_half(st.scales)
     _ready(st, 'storage')
 
-def _to_int8(C, blocks):
-    "Whole numbers whose sums stay within -127..127, and the step between them, for codewords of curvature `blocks`."
-    M, K, d = C.shape
-    top, best = C.abs().amax(1).clamp(min=1e-30), None                     # [M, d]
-    size = blocks.diagonal(dim1=1, dim2=2).mean(1)
-    lift = (1e-3*size + 1e-6*size.mean()).clamp(min=1e-20)
-    L = torch.linalg.cholesky(blocks + lift[:, None, None]*torch.eye(d, device=C.device))
-    for tight in (1., .85, .7):                                            # smaller steps clip the longest codewords
-        step = tight*top.sum(0).max()/(127 - .5*M)
-        room = top/step + .5
-        limit = (room*(127/room.sum(0)).clamp(max=1)).floor().repeat_interleave(K, 0)
-        Z = (C/step).reshape(M*K, d)
-        q = _nearest_integers(Z, L, limit)
-        cost = float(((((Z - q)*step)[:, None] @ L)**2).sum())
-        if best is None or cost < best[0]: best = cost, q.reshape(M, K, d), step
-    return best[1:]
-
-def _nearest_integers(Z, L, limit):
-    "Integers near Z [n, d] where errors e cost |e L|^2, entry after entry: nearest plane once more."
-    q, E = torch.empty_like(Z), torch.zeros_like(Z)
-    for k in reversed(range(Z.shape[1])):
-        wish = Z[:, k] + (E*L[:, :, k]).sum(1)/L[:, k, k]
-        q[:, k] = wish.round().clamp(-limit[:, k], limit[:, k])
-        E[:, k] = Z[:, k] - q[:, k]
-    return q
-
-# %% ../nbs/03_encoder/10_encode.ipynb #b4f90747
-def _to_half(scales):
-    half = scales.half().float()
-    off = (half - scales).abs()
-    bad = (off > .01*scales.abs()) & ~(off < 1e-4*scales.abs().max())    # rows that next to nothing reaches may be off
-    if bad.any():
-        raise ValueError(f'{int(bad.sum())} of {len(scales)} row scales lie outside the range of fp16 (from '
-                         f'{float(scales.min()):.3g} to {float(scales.max()):.3g}); rescale the weight or keep this layer dense')
-    return half
-
 # %% ../nbs/03_encoder/10_encode.ipynb #f9d9abb2
-def _posed(
-    W:Tensor,          # [O, N] weight rows
-    H:Tensor|None,     # [N, N] second moments of the inputs, undamped; None: plain weight error
-    scheme:Scheme,     # gives the group size
-    damping=.1,        # of the mean diagonal of H
-    D:Tensor|None=None,# [N, N] cross moment for the corrected target
-)->tuple:              # (target rows [O, J*d], damped moments [J*d, J*d]), float32
-    "The problem that the encoder solves: a damped H, the corrected target, whole groups."
+def _posed(W, H, scheme, damping=.1, D=None):
+    "The problem that the encoder solves, float32: corrected target rows [O, J*d], damped H [J*d, J*d]."
     W = W.detach().float()
     if not torch.isfinite(W).all(): raise ValueError('the weight holds NaN or infinity')
     H = torch.eye(W.shape[1], device=W.device) if H is None else damp(H.to(W.device).float(), damping)
-    W, extra = corrected_target(W, H, None if D is None else D.to(W.device).float()), -W.shape[1] % scheme.group_size
+    W = corrected_target(W, H, None if D is None else D.to(W.device).float())
+    extra = -W.shape[1] % scheme.group_size
     if not extra: return W, H
     lift = torch.cat([H.new_zeros(W.shape[1]), H.new_full((extra,), 1e-3*float(H.diagonal().mean()))])
     return torch.nn.functional.pad(W, (0, extra)), pad_h(H, scheme.group_size) + torch.diag(lift)
 
-# %% ../nbs/03_encoder/10_encode.ipynb #4aafdabc
+# %% ../nbs/03_encoder/10_encode.ipynb #d1e338db
 PLANES = 2   # rounds that begin with a nearest-plane pass
 
 def _begin(W, H, scheme, seed, codebooks, earlier):
@@ -452,13 +469,16 @@ def _begin(W, H, scheme, seed, codebooks, earlier):
     old, fits = earlier.scheme, tuple(earlier.codes.shape[:2]) == (len(W), W.shape[1]//scheme.group_size)
     like = replace(scheme, n_codebooks=old.n_codebooks, codebook_dtype=old.codebook_dtype, share=old.share)
     if old != like or not fits or old.n_codebooks > scheme.n_codebooks:
-        raise ValueError(f'start: an encoding under {old} with codes of shape {tuple(earlier.codes.shape)} can not go on as {scheme} '
-                         f'for rows of shape {tuple(W.shape)}; expected the same rows, group size and bits, and no more codebooks')
+        raise ValueError(f'start: an encoding under {old} with codes of shape {tuple(earlier.codes.shape)} can not '
+                         f'go on as {scheme} for rows of shape {tuple(W.shape)}; expected the same rows, group size '
+                         'and bits, and no more codebooks')
     C = earlier.codebooks if isinstance(earlier, AQTensor) else earlier.C
     codes = earlier.codes.to(W.device, torch.int32, copy=True)
     st = State(W, H, scheme, codes, C.to(W.device).float(), earlier.scales.to(W.device).float())
-    return start(W, H, scheme, seed, earlier=st) if old.n_codebooks < scheme.n_codebooks else _ready(st, 'given')
+    if old.n_codebooks == scheme.n_codebooks: return _ready(st, 'given')
+    return start(W, H, scheme, seed, earlier=st)
 
+# %% ../nbs/03_encoder/10_encode.ipynb #f66e6667
 def _rounds(st, moves, most, tolerance):
     "Rounds of half-steps, until one lowers the loss by less than `tolerance`."
     for _ in range(most):
@@ -470,6 +490,19 @@ def _storable(st):
     "Whether a state holds exactly what its stored form would."
     C = st.C.half().float() if st.scheme.codebook_dtype == 'fp16' else st.C.round().clamp(-127, 127)
     return torch.equal(C, st.C) and torch.equal(st.scales, st.scales.half().float())
+
+def _descend(st, beam, sweeps, tolerance, refit):
+    "All rounds up to what is stored; `refit`: the half-step for the codebooks, empty where they are given."
+    planes = 0 if st.trace[-1][0] == 'given' else min(PLANES, sweeps)
+    if planes:
+        triangle = _triangle(st.H, st.scheme.group_size)
+        _rounds(st, [lambda st: nearest_plane(st, triangle, beam), *refit, refit_scales], planes, 0)
+        del triangle
+    _rounds(st, [lambda st: sweep_codes(st, beam), *refit, refit_scales], sweeps - planes, tolerance)
+    if refit: _round_storage(st)                                    # codebooks that are given are rounded already
+    _rounds(st, [lambda st: sweep_codes(st, beam), refit_scales], min(sweeps, 3), tolerance)
+    st.scales = _to_half(st.scales)
+    return _ready(st, 'storage')
 
 # %% ../nbs/03_encoder/10_encode.ipynb #e4063b77
 def encode_rows(
@@ -485,24 +518,15 @@ def encode_rows(
     codebooks=None,      # [M, K, d] as `share_codebooks` gives; they stay as they are
     tolerance=.01,       # a round that lowers the loss by less than this fraction is the last
     start=None,          # State or AQTensor of the same rows to go on from, perhaps with fewer codebooks
-)->State:                # with its trace of losses; `st.What` is the decoded weight, rounded as it will be stored
+)->State:                # with its trace of losses; `st.What` is the decoded weight, as it will be stored
     "Encode a matrix: k-means, nearest planes, rounds of half-steps, rounding, and last sweeps."
     st = _begin(*_posed(W, H, scheme, damping, D), scheme, seed, codebooks, start)
-    given = replace(st, codes=st.codes.clone(), What=st.What.clone(), G=st.G.clone()) if start is not None else st
-    planes = 0 if st.trace[-1][0] == 'given' else min(PLANES, sweeps)
-    codes = lambda st: sweep_codes(st, beam)
-    refit = lambda st: refit_codebooks(st, iters=cg_iters if codebooks is None else 0)
-    if planes:
-        triangle = _triangle(st.H, scheme.group_size)
-        _rounds(st, [lambda st: nearest_plane(st, triangle, beam), refit, refit_scales], planes, 0)
-        del triangle
-    _rounds(st, [codes, refit, refit_scales], sweeps - planes, tolerance)
-    if codebooks is None: _round_storage(st)
-    _rounds(st, [codes, refit_scales], min(sweeps, 3), tolerance)
-    st.scales = _to_half(st.scales); _ready(st, 'storage')
-    return given if given is not st and _storable(given) and given.loss() < st.loss() else st
+    given = replace(st, codes=st.codes.clone(), What=st.What.clone(), G=st.G.clone())
+    refit = [] if codebooks is not None else [lambda st: refit_codebooks(st, iters=cg_iters)]
+    st = _descend(st, beam, sweeps, tolerance, refit)
+    return given if start is not None and _storable(given) and given.loss() < st.loss() else st
 
-# %% ../nbs/03_encoder/10_encode.ipynb #9ac3eb3a
+# %% ../nbs/03_encoder/10_encode.ipynb #3bc47356
 def to_aq(
     st:State, # finished encoder state
     shape,    # dense weight shape
@@ -538,7 +562,7 @@ def _start_from(
     scheme:Scheme, # storage scheme
     C:Tensor,      # [M, K, d] float32 codebooks that stay as they are
 )->State:
-    "First codes and scales for given codebooks: greedy codes at a few sizes of the rows, the best for each row."
+    "First codes and scales for given codebooks: greedy codes at a few sizes of the rows, the best for each."
     O, d, best = len(W), scheme.group_size, None
     unit = W.pow(2).mean(1).sqrt()/C.pow(2).sum((0, 2)).mean().div(d).sqrt().clamp(min=1e-30)
     h = H.diagonal().reshape(-1, d).repeat(O, 1)
@@ -547,13 +571,26 @@ def _start_from(
         for c in C:
             i, dist = kmeans_assign(rest, h, c)
             rest = rest - c[i]; codes.append(i)
-        new = torch.stack(codes, -1).reshape(O, -1, len(C)).to(torch.int32), unit*r, dist.reshape(O, -1).sum(1)*(unit*r)**2
+        codes = torch.stack(codes, -1).reshape(O, -1, len(C)).to(torch.int32)
+        new = codes, unit*r, dist.reshape(O, -1).sum(1)*(unit*r)**2
         if best is None: best = new; continue
         win = new[2] < best[2]
         best = tuple(torch.where(win.reshape(-1, *[1]*(a.dim() - 1)), a, b) for a, b in zip(new, best))
     return _ready(State(W, H, scheme, best[0], C, best[1]), 'greedy')
 
 # %% ../nbs/03_encoder/10_encode.ipynb #18ef0b33
+def _pooled(posed, scheme, seed, per_codeword):
+    "Vectors of several layers [(W, H, weight)] for k-means, with the weights of their coordinates."
+    gen, d = generator(seed, 'shared'), scheme.group_size
+    V, h, share = [], [], per_codeword*scheme.n_codewords/sum(W.numel() for W, *_ in posed)
+    for W, H, w in posed:
+        J, scales = W.shape[1]//d, W.pow(2).mean(1).sqrt()
+        pick = _picked((scales > 0).repeat_interleave(J), math.ceil(share*W.numel()), gen)
+        V.append((W/scales.clamp(min=1e-30)[:, None]).reshape(-1, d)[pick])
+        h.append(w*(H.diagonal()*W.pow(2).mean()).reshape(-1, d)[pick % J])
+    return torch.cat(V), torch.cat(h), gen
+
+# %% ../nbs/03_encoder/10_encode.ipynb #8c55619f
 def share_codebooks(
     problems:list,  # of (W [O, N], H [N, N] or None, weight of the layer's loss)
     scheme:Scheme,  # storage scheme of all of them
@@ -564,18 +601,14 @@ def share_codebooks(
     per_codeword=24,# vectors per codeword that k-means looks at
 )->Tensor:          # [M, K, d] float32, rounded as they will be stored
     "One set of codebooks for the rows of several layers."
-    gen, posed_ones = generator(seed, 'shared'), [(*_posed(W, H, scheme, damping), w) for W, H, w in problems]
-    V, h, share = [], [], per_codeword*scheme.n_codewords/sum(W.numel() for W, *_ in posed_ones)
-    for W, H, w in posed_ones:
-        scales, d = W.pow(2).mean(1).sqrt(), scheme.group_size
-        live = (scales > 0).repeat_interleave(W.shape[1]//d).nonzero().flatten()
-        live = torch.arange(W.numel()//d, device=W.device) if len(live) == 0 else live
-        pick = live[torch.randperm(len(live), generator=gen)[:math.ceil(share*W.numel())].to(W.device)]
-        V.append((W/scales.clamp(min=1e-30)[:, None]).reshape(-1, d)[pick])
-        h.append(w*(H.diagonal()*W.pow(2).mean()).reshape(-1, d)[pick % (W.shape[1]//d)])
-    C, _ = residual_kmeans(torch.cat(V), scheme, torch.cat(h), 6, gen)
-    states = [_start_from(W, w*H, scheme, C) for W, H, w in posed_ones]
-    for _ in range(sweeps):
-        for st in states: sweep_codes(st, beam); refit_scales(st)
+    posed = [(*_posed(W, H, scheme, damping), w) for W, H, w in problems]
+    V, h, gen = _pooled(posed, scheme, seed, per_codeword)
+    C, _ = residual_kmeans(V, scheme, h, 6, gen)
+    states = [_start_from(W, w*H, scheme, C) for W, H, w in posed]
+    for r in range(sweeps):
+        for st in states:
+            nearest_plane(st, beam=beam) if r < PLANES else sweep_codes(st, beam)
+            refit_scales(st)
         refit_codebooks(*states)
-    return states[0].C.half().float() if scheme.codebook_dtype == 'fp16' else _to_int8(states[0].C, sum(_codeword_blocks(st) for st in states))[0]
+    if scheme.codebook_dtype == 'fp16': return states[0].C.half().float()
+    return _to_int8(states[0].C, sum(_codeword_blocks(st) for st in states))[0]
