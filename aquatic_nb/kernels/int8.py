@@ -251,8 +251,8 @@ def _check_sums(p):
     lead = f'layer {p.name!r}: '
     if p.books.dtype != np.int8:
         raise TypeError(f'{lead}codebooks are {p.books.dtype}, the 8-bit kernels need int8')
-    most = p.table('most', lambda b: np.abs(b.astype(int)).max(keepdims=True))
-    total = int(sum(m.item() for m in most))
+    most = p.table('most', lambda b: np.abs(b.astype(int)).max(0, keepdims=True))
+    total = int(sum(most).max())
     if total > 128: raise ValueError(f'{lead}codebooks can add up to {total}, int8 needs at most 127')
     if p.J*p.d > 60000: raise ValueError(f'{lead}fan-in {p.J*p.d} could overflow 32-bit sums, at most 60000')
 
