@@ -43,9 +43,9 @@ class Tiny(ModelMixin, ConfigMixin):
         return (self.conv_out(self.proj(x)),)
 
 
-def tiny(depth=1, width=8):
+def tiny(depth=1):
     torch.manual_seed(0)
-    return Tiny(depth=depth, width=width).eval()
+    return Tiny(depth=depth).eval()
 
 
 def packed(depth=1, dtype=torch.float32):
@@ -384,12 +384,23 @@ def test_distillation_stays_on_the_device(mode, selector):
 
 # ---------------------------------------------------------------- from end to end
 
+def quantized_there(place, laq=False):
+    "A model from the host, quantized on the device with inputs that are at `place`, and what was seen."
+    model, schemes = tiny(), {'middle.*': (2, 4), 'proj': (1, 4)}                          # small codebooks: seconds
+    with pretend() as device:
+        inputs = [{k: v.to(place) for k, v in call(model, seed=i).items()} for i in range(2)]
+        quantize_unet(model, 8, overrides=schemes, device='cuda', calibration=inputs, beam=1, sweeps=1, laq=laq, act_bits=8, progress=False)
+    return model, device
+
+
 @pytest.mark.parametrize('laq', [False, pytest.param(True, marks=pytest.mark.slow)], ids=['uniform', 'laq'])
 def test_quantizing_on_the_device_and_back(laq):
-    model = tiny(width=32)
-    with pretend() as device:
-        quantize_unet(model, 4, device='cuda', n_calibration=4, beam=1, sweeps=1, laq=laq, act_bits=8, progress=False)
-        assert device.counts['to device'] and not any(t.is_cuda for t in (*model.parameters(), *model.buffers()))
-        assert all(isinstance(a, ActQuant) for a in act_layers(model).values()) and quant_report(model).attrs['bits'] <= 4
+    model, device = quantized_there('cuda', laq)
+    assert device.counts['to device'] and not any(t.is_cuda for t in (*model.parameters(), *model.buffers()))
+    assert all(isinstance(a, ActQuant) for a in act_layers(model).values()) and quant_report(model).attrs['bits'] <= 8
     set_kernel(model, 'dense')
     assert model(**call(model))[0].isfinite().all()
+
+
+@pytest.mark.xfail(strict=True, raises=DeviceError, reason="quant.quantize_unet: `if device is not None: unet.to(device)` moves the model, not the caller's calibration inputs")
+def test_calibration_inputs_follow_the_model(): quantized_there('cpu')
