@@ -1,6 +1,34 @@
 __version__ = "0.1.0"
 
+# The reception. Only here are rooms of this package named by strings: importing the package must import nothing heavy, and still diffusers has
+# to find packed models, and packed layers their kernels.
+from importlib import import_module
+
 from . import core  # first of all: adds torchvision's operators where they are missing
 
-core.when_imported('diffusers.quantizers.auto', core.register_backend)  # save_pretrained and from_pretrained know packed models
-core.when_imported('aquatic_nb.layers', core.register_kernels)          # packed layers find the fast kernels
+
+class _Config:
+    "Stands for `hub.AquaticConfig` in diffusers' dictionary until it is needed."
+    @staticmethod
+    def from_dict(entry, **kwargs): return import_module('aquatic_nb.hub').AquaticConfig.from_dict(entry, **kwargs)
+
+
+def _quantizer(config, **kwargs):
+    "Stands for `hub.AquaticQuantizer` until it is needed."
+    return import_module('aquatic_nb.hub').AquaticQuantizer(config, **kwargs)
+
+
+def _register_backend(auto):
+    "Add the method `aquatic` to diffusers' dictionaries of quantization backends."
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault('aquatic', _Config)
+    auto.AUTO_QUANTIZER_MAPPING.setdefault('aquatic', _quantizer)
+
+
+def _register_kernels(layers):
+    "Import the rooms whose kernels packed layers can run on: the CPU's, and the GPU's where there is one."
+    import_module('aquatic_nb.cpu')
+    if core.torch.cuda.is_available(): import_module('aquatic_nb.cuda')
+
+
+core.when_imported('diffusers.quantizers.auto', _register_backend)  # save_pretrained and from_pretrained know packed models
+core.when_imported('aquatic_nb.layers', _register_kernels)          # packed layers find the fast kernels

@@ -6,12 +6,11 @@
 __all__ = ['EXTRACTORS', 'REFERENCE_KEYS', 'WEIGHTS', 'frechet_distance', 'Extractor', 'register_extractor', 'get_extractor',
            'to_uint8', 'load_npz_images', 'image_batches', 'match_channels', 'FeatureSet', 'extract', 'gaussian_stats',
            'Reference', 'feature_stats', 'save_reference', 'load_reference', 'inception_score', 'precision_recall',
-           'sha256_of', 'find_weights', 'spatial_slice', 'fidelity_inception', 'inception_extractor',
-           'register_fidelity', 'classifier_extractor', 'class_accuracy', 'paired_mse', 'psnr_of', 'paired_psnr',
-           'paired_ssim', 'lpips_distance', 'VGGSlices', 'paired_lpips', 'bootstrap_ci', 'evaluate_images']
+           'find_weights', 'spatial_slice', 'fidelity_inception', 'inception_extractor', 'register_fidelity',
+           'classifier_extractor', 'class_accuracy', 'paired_mse', 'psnr_of', 'paired_psnr', 'paired_ssim',
+           'lpips_distance', 'VGGSlices', 'paired_lpips', 'bootstrap_ci', 'evaluate_images']
 
 # %% ../nbs/11_judging/34_metrics.ipynb #64a476ba
-import hashlib
 import io
 import warnings
 from collections.abc import Callable, Iterator
@@ -25,7 +24,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from .core import progress, write_atomic
+from .core import progress_bar, sha256_of, write_atomic
 
 # %% ../nbs/11_judging/34_metrics.ipynb #2cb12258
 def _check_gaussian(mu, sigma, which:str) -> tuple[np.ndarray, np.ndarray]:
@@ -226,7 +225,7 @@ def extract(
     "Run an extractor over images and keep its answers."
     extractor = get_extractor(extractor)
     kept = {}
-    for x in progress(image_batches(images, batch_size), desc=f'{extractor.name} features', disable=not verbose):
+    for x in progress_bar(image_batches(images, batch_size), desc=f'{extractor.name} features', disable=not verbose):
         for kind, value in extractor.forward(match_channels(x, extractor.channels)).items():
             kept.setdefault(kind, []).append(value.detach().float().cpu().numpy())
     if not kept: raise ValueError('no images were given; check the source')
@@ -334,12 +333,6 @@ WEIGHTS = dict( # file name -> (SHA-256 or its first digits, where it is publish
                'https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth'),
     vgg16=('vgg16-397923af.pth', '397923af', 'https://download.pytorch.org/models/vgg16-397923af.pth'),
     lpips=('weights-vgg16-lpips.pth', '', 'https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-vgg16-lpips.pth'))
-
-def sha256_of(
-    path, # any file
-) -> str: # 64 hexadecimal digits
-    "SHA-256 of a file."
-    with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
 
 # %% ../nbs/11_judging/34_metrics.ipynb #e8189181
 def find_weights(

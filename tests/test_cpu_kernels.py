@@ -16,6 +16,7 @@ from aquatic_nb import cpu
 from aquatic_nb.act import ActQuant
 from aquatic_nb.aq import AQTensor, Scheme, sum_codewords
 from aquatic_nb.kaq import to_groups
+from aquatic_nb.kernels import decode, gemm, simd, winograd
 from aquatic_nb.layers import from_aq, pick_kernel
 
 KINDS = ('conv3x3', 'conv1x1', 'linear', 'stride2', 'grouped', 'circular')
@@ -105,7 +106,7 @@ def check(c):
         if c['layout'] == 'channels_last': x = x.contiguous(memory_format=torch.channels_last)
     if c['layout'] == 'strided': x = torch.stack([x, x], -1)[..., 0]
     before = [p.clone() for p in layer.parameters()]
-    with cpu.portable() if c['portable'] else torch.no_grad():
+    with simd.portable() if c['portable'] else torch.no_grad():
         agree(layer, x)
         for name in ('decode', 'wino2', 'wino4', 'gemm', 'few', 'int8', 'lut'):
             layer.kernel = name
@@ -147,7 +148,7 @@ def test_threads_give_the_same_bits(kind, shape, names):
 
 
 def cpu_run(layer, x, name):
-    if name == 'decode': return torch.from_numpy(cpu.decode_dense(cpu.packed_of(layer), math.prod(layer.weight_shape[1:])))   # the dense product is torch's
+    if name == 'decode': return torch.from_numpy(decode.decode_dense(cpu.packed_of(layer), math.prod(layer.weight_shape[1:])))   # the dense product is torch's
     assert pick_kernel(layer, x)[0].name == name
     return layer(x)
 
@@ -162,7 +163,7 @@ def test_decode_writes_its_rows_and_nothing_else(kind, I, O, threads):
     room = np.full(O*N + 64, 7., np.float32)
     try:
         torch.set_num_threads(threads)
-        for _ in range(5): cpu.decode_dense(cpu.packed_of(layer), N, room[32:32 + O*N].reshape(O, N))
+        for _ in range(5): decode.decode_dense(cpu.packed_of(layer), N, room[32:32 + O*N].reshape(O, N))
     finally: torch.set_num_threads(before)
     assert (room[:32] == 7).all() and (room[-32:] == 7).all()
     np.testing.assert_allclose(room[32:-32], layer.weight.detach().numpy().ravel(), rtol=1e-5, atol=1e-7)
@@ -170,7 +171,7 @@ def test_decode_writes_its_rows_and_nothing_else(kind, I, O, threads):
 
 @pytest.mark.parametrize('out', [np.empty((4, 9), np.float32), np.empty((5, 10), np.float32), np.empty((5, 9)), np.empty((9, 5), np.float32).T])
 def test_decode_refuses_another_buffer(out):
-    with pytest.raises(ValueError, match='contiguous float32'): cpu.decode_dense(cpu.packed_of(make('conv3x3', 5, 1, 2, 9)), 9, out)
+    with pytest.raises(ValueError, match='contiguous float32'): decode.decode_dense(cpu.packed_of(make('conv3x3', 5, 1, 2, 9)), 9, out)
 
 
 def test_two_python_threads_at_once():
@@ -224,15 +225,15 @@ def test_timesteps_of_a_batch_may_differ():
 def test_bad_input_is_an_error():
     low, books, scales = np.zeros((4, 3, 2), np.uint8), np.zeros((2, 256, 8), np.int8), np.ones(4)
     good = dict(low=low, high=None, bits=8, shape=(4, 3, 2), books=books, scales=scales)
-    cpu.Packed(**good)
+    decode.Packed(**good)
     for change, error, text in ((dict(low=low.astype(np.int16)), TypeError, 'int16'), (dict(low=low[:2]), ValueError, 'bytes'), (dict(books=books[:, :100]), ValueError, 'codebooks'),
                                 (dict(books=books.astype(np.int32)), TypeError, 'int32'), (dict(scales=scales[:2]), ValueError, 'scales'), (dict(bits=9), ValueError, 'codes_hi'),
                                 (dict(high=np.zeros(3, np.uint8)), ValueError, 'codes_hi')):
-        with pytest.raises(error, match=text): cpu.Packed(**{**good, **change})
-    p, x = cpu.Packed(**good), np.zeros((5, 24), np.float32)
-    for call, text in ((lambda: cpu.linear_gemm(p, x.astype(np.float64), np.zeros((5, 4), np.float32)), 'float32'), (lambda: cpu.linear_gemm(p, x[:, :16], np.zeros((5, 4), np.float32)), '24'),
-                       (lambda: cpu.linear_gemm(p, x[:, ::-1], np.zeros((5, 4), np.float32)), 'contiguous'), (lambda: cpu.linear_gemm(p, x, np.zeros((5, 3), np.float32)), r'\(5, 4\)'),
-                       (lambda: cpu.conv3x3_f4(p, np.zeros((1, 3, 4, 4), np.float32), np.zeros((1, 4, 4, 4), np.float32)), 'groups of 8')):
+        with pytest.raises(error, match=text): decode.Packed(**{**good, **change})
+    p, x = decode.Packed(**good), np.zeros((5, 24), np.float32)
+    for call, text in ((lambda: gemm.linear_gemm(p, x.astype(np.float64), np.zeros((5, 4), np.float32)), 'float32'), (lambda: gemm.linear_gemm(p, x[:, :16], np.zeros((5, 4), np.float32)), '24'),
+                       (lambda: gemm.linear_gemm(p, x[:, ::-1], np.zeros((5, 4), np.float32)), 'contiguous'), (lambda: gemm.linear_gemm(p, x, np.zeros((5, 3), np.float32)), r'\(5, 4\)'),
+                       (lambda: winograd.conv3x3_f4(p, np.zeros((1, 3, 4, 4), np.float32), np.zeros((1, 4, 4, 4), np.float32)), 'groups of 8')):
         with pytest.raises((ValueError, TypeError), match=text): call()
     odd = np.zeros(97, np.uint8)[1:].view(np.float32).reshape(1, 24)      # misaligned: read as it is, no fault
-    assert (cpu.linear_gemm(p, odd, np.ones((1, 4), np.float32)) == 0).all()
+    assert (gemm.linear_gemm(p, odd, np.ones((1, 4), np.float32)) == 0).all()

@@ -8,11 +8,11 @@ import pytest
 import torch
 from diffusers import DDIMPipeline, DDPMPipeline, DiffusionPipeline, PipelineQuantizationConfig, UNet2DConditionModel, UNet2DModel
 
-from aquatic_nb import hub
+from aquatic_nb import format, hub
 from aquatic_nb.act import act_layers, attach_act
 from aquatic_nb.hub import AquaticConfig, attach, dequantize, load_quantized, save_quantized
 from aquatic_nb.layers import packed_layers
-from aquatic_nb.quant import quant_report
+from aquatic_nb.pack import quant_report
 from packed_models import C, X, conditional, ddpm, pack_model, plain, run, sample
 
 @pytest.fixture(scope='module')
@@ -93,7 +93,7 @@ def test_the_variant_that_is_loaded_is_the_one_that_is_checked(packed, tmp_path)
     save_quantized(packed, tmp_path/'m', variant='int')
     plain, other = (tmp_path/'m'/f'diffusion_pytorch_model.{o}safetensors' for o in ('', 'int.'))
     plain.write_bytes(other.read_bytes())
-    assert hub.weight_files(tmp_path/'m') == [plain] and hub.weight_files(tmp_path/'m', 'int') == [other]
+    assert format.weight_files(tmp_path/'m') == [plain] and hub.weight_files(tmp_path/'m', 'int') == [other]
     other.write_bytes(other.read_bytes()[:-9])
     assert torch.equal(run(load_quantized(tmp_path/'m')), run(packed))
     with pytest.raises(ValueError, match='int.safetensors'): load_quantized(tmp_path/'m', variant='int')
@@ -107,7 +107,7 @@ def test_same_bytes_again(packed, saved, tmp_path):
 
 def test_size_on_disk(packed, saved):
     path = saved/'diffusion_pytorch_model.safetensors'
-    header = hub.read_header(path)
+    header = format.read_header(path)
     layers = {id(p): p.nbytes for m in packed_layers(packed).values() for p in m.parameters()}
     rest = sum(p.nbytes for p in packed.parameters() if id(p) not in layers)
     data = path.stat().st_size - 8 - int.from_bytes(path.read_bytes()[:8], 'little')
@@ -121,7 +121,7 @@ def test_size_on_disk_with_activations(packed, tmp_path):
     hub.attach(attach_act(model, 8, batches), bits=6).save_pretrained(tmp_path)
     path = tmp_path/'diffusion_pytorch_model.safetensors'
     data = path.stat().st_size - 8 - int.from_bytes(path.read_bytes()[:8], 'little')
-    assert data == quant_report(model).attrs['total_bytes'] + 4*len(hub.read_header(path))
+    assert data == quant_report(model).attrs['total_bytes'] + 4*len(format.read_header(path))
 
 def test_pickles_are_refused(packed, tmp_path):
     with pytest.raises(ValueError, match='safe_serialization'): packed.save_pretrained(tmp_path/'p', safe_serialization=False)
@@ -169,10 +169,10 @@ def test_pipeline(pipe, tmp_path):
     assert DDIMPipeline.from_pipe(back, torch_dtype=torch.float32).unet.dtype == torch.float32
 
 def test_quantize_while_loading(tmp_path):
-    from aquatic_nb import quant
+
     plain(3).save_pretrained(tmp_path/'dense')
     m = UNet2DModel.from_pretrained(tmp_path/'dense', quantization_config=AquaticConfig(bits=6))
-    assert len(packed_layers(m)) > 10 and quant.quant_report(m).attrs['bits'] <= 6
+    assert len(packed_layers(m)) > 10 and quant_report(m).attrs['bits'] <= 6
     m.save_pretrained(tmp_path/'packed')
     assert json.loads((tmp_path/'packed'/'config.json').read_text())['quantization_config']['bits'] == 6
     assert torch.equal(run(UNet2DModel.from_pretrained(tmp_path/'packed')), run(m))
@@ -261,7 +261,7 @@ def test_lora_is_loaded_saved_and_merged(packed, peft, tmp_path):
     m.load_lora_adapter(tmp_path/'lora', prefix=None, use_safetensors=True)
     worn = run(m)
     assert not torch.equal(worn, run(packed))
-    with pytest.raises(ValueError, match='wears an adapter.*save_lora_adapter'): m.save_pretrained(tmp_path/'m')
+    with pytest.raises(ValueError, match='wears an adapter.*save_lora_adapter.*unload_lora'): m.save_pretrained(tmp_path/'m')
     m.save_lora_adapter(tmp_path/'again', adapter_name=next(iter(m.peft_config)))
     back = copy.deepcopy(packed)
     back.load_lora_adapter(tmp_path/'again', prefix=None, use_safetensors=True)

@@ -12,12 +12,13 @@ import torch
 from torch import nn
 
 from aquatic_nb import zoo
+from aquatic_nb.models import ldm
 from aquatic_nb.core import generator
 
 sys.path.insert(0, str(Path(__file__).parent))
 from ldm_original import LatentDiffusion, bag, read_keys # noqa: E402
 
-SMALL = zoo.LDMConfig(model_channels=32, context_dim=24, image_size=16, n_classes=12, ch=32, n_embed=64)
+SMALL = ldm.LDMConfig(model_channels=32, context_dim=24, image_size=16, n_classes=12, ch=32, n_embed=64)
 HEADS = replace(SMALL, num_heads=-1, num_head_channels=16, channel_mult=(1, 2), attention_resolutions=(1, 2), num_res_blocks=1, transformer_depth=2,
                 vq_res_blocks=1, ch_mult=(1, 2), scale_factor=.5)
 
@@ -61,9 +62,9 @@ def pair(request, theirs, tmp_path_factory):
     for name, p in model.named_parameters():
         if p.ndim > 1: p.data = torch.randn(p.shape, generator=g)*(1. if 'embedding' in name else p[0].numel()**-.5)
         else: p.data = torch.randn(p.shape, generator=g)*.2 + (1 if name.endswith('weight') else 0)
-    schedule = {k: v for k, v in LatentDiffusion(c).state_dict().items() if k in zoo.SCHEDULE_KEYS}
+    schedule = {k: v for k, v in LatentDiffusion(c).state_dict().items() if k in ldm.SCHEDULE_KEYS}
     torch.save({'state_dict': model.state_dict() | schedule}, path)
-    return c, model, schedule, zoo.load_ldm4(path, c, verbose=False)
+    return c, model, schedule, zoo.load_ldm4(path, c, progress=False)
 
 
 def noise(c): return torch.randn(2, c.channels, c.image_size, c.image_size, generator=generator(1, 'x'))
@@ -83,17 +84,17 @@ def test_networks(pair):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize('guidance', [1., 3.])
-def test_sampler(pair, theirs, guidance):
-    "20 steps of their DDIM sampler, guided, with their decoder."
+@pytest.mark.parametrize('guidance, steps', [(1., 20), (3., 20), (3., 30), (3., 15)])
+def test_sampler(pair, theirs, guidance, steps):
+    "Their DDIM sampler, guided, with their decoder; 30 and 15 do not divide 1,000, and it takes 31 and 16 steps."
     c, model, schedule, pipe = pair
     labels, x, embed = torch.tensor([1, 5]), noise(c), model.cond_stage_model.embedding
     diffusion = SimpleNamespace(num_timesteps=c.timesteps, device=torch.device('cpu'), **schedule, apply_model=lambda x, t, cond: model.model.diffusion_model(x, t, context=cond))
-    latents, _ = theirs.DDIMSampler(diffusion).sample(S=20, batch_size=2, shape=x.shape[1:], conditioning=embed(labels[:, None]), eta=0., x_T=x, verbose=False,
+    latents, _ = theirs.DDIMSampler(diffusion).sample(S=steps, batch_size=2, shape=x.shape[1:], conditioning=embed(labels[:, None]), eta=0., x_T=x, progress=False,
         unconditional_guidance_scale=guidance, unconditional_conditioning=embed(torch.full((2, 1), c.n_classes - 1)))
     image = (model.first_stage_model.decode(latents/c.scale_factor)/2 + .5).clamp(0, 1)
     pipe.set_progress_bar_config(disable=True)
-    assert (pipe(labels, 20, guidance, latents=x, output_type='pt').images - image).abs().max() < 1e-4
+    assert (pipe(labels, steps, guidance, latents=x, output_type='pt', original_timesteps=True).images - image).abs().max() < 1e-4
 
 
 def test_running_average(pair, theirs, tmp_path):
@@ -105,11 +106,11 @@ def test_running_average(pair, theirs, tmp_path):
     state = model.state_dict() | schedule | {f'model_ema.{k}': v for k, v in ema.state_dict().items()}
     torch.save({'state_dict': state}, tmp_path/'ema.ckpt')
     weight = model.model.diffusion_model.input_blocks[0][0].weight
-    assert zoo.load_ldm4(tmp_path/'ema.ckpt', c, verbose=False).unet.conv_in.weight.equal(2*weight)
-    assert zoo.load_ldm4(tmp_path/'ema.ckpt', c, use_ema=False, verbose=False).unet.conv_in.weight.equal(weight)
+    assert zoo.load_ldm4(tmp_path/'ema.ckpt', c, progress=False).unet.conv_in.weight.equal(2*weight)
+    assert zoo.load_ldm4(tmp_path/'ema.ckpt', c, use_ema=False, progress=False).unet.conv_in.weight.equal(weight)
 
 
 def test_names_and_shapes_at_full_size(theirs):
     stored = read_keys(Path(__file__).parent/'data'/'ldm4_keys.csv')
-    with torch.device('meta'): model = networks(theirs, zoo.LDMConfig())
-    assert {k: tuple(v.shape) for k, v in model.state_dict().items()} == {k: s for k, s in stored.items() if k not in zoo.SCHEDULE_KEYS}
+    with torch.device('meta'): model = networks(theirs, ldm.LDMConfig())
+    assert {k: tuple(v.shape) for k, v in model.state_dict().items()} == {k: s for k, s in stored.items() if k not in ldm.SCHEDULE_KEYS}

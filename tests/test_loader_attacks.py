@@ -12,7 +12,8 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 from aquatic_nb.act import attach_act
-from aquatic_nb.hub import CHECKSUMS, attach, checksums, load_quantized, save_quantized
+from aquatic_nb.format import CHECKSUMS, checksums
+from aquatic_nb.hub import attach, load_quantized, save_quantized
 from packed_models import C, X, conditional, pack_model, run
 
 WEIGHTS = 'diffusion_pytorch_model.safetensors'

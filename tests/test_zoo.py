@@ -85,7 +85,7 @@ def test_guidance_zero_ignores_the_class_and_one_needs_no_null():
     a, b = draw(pipe, (0, 4), latents=noise, guidance_scale=0.)
     assert torch.allclose(a, b, atol=1e-5)
     calls = []
-    pipe.unet.register_forward_pre_hook(lambda m, args: calls.append(len(args[0])))
+    pipe.unet.register_forward_pre_hook(lambda m, args, kw: calls.append(len(kw['sample'])), with_kwargs=True)
     draw(pipe, guidance_scale=1.)
     draw(pipe, guidance_scale=2.)
     assert calls == [2]*3 + [4]*3 # one batched call a step

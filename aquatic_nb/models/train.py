@@ -16,7 +16,7 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..core import generator, progress, write_atomic # before diffusers, which wants torchvision's operators
+from ..core import generator, progress_bar, write_atomic # before diffusers, which wants torchvision's operators
 from ..zoo import ClassConditionalLDMPipeline, ClassEmbedding, MiniClassifier, ldm_scheduler
 import numpy as np
 import torch
@@ -81,7 +81,7 @@ def train_loop(
     "Run `step` for 0..steps-1, from the checkpoint where there is one; a killed and resumed run ends like an unbroken one."
     done, log = restore(path, parts)
     before, start, losses = log[-1]['seconds'] if log else 0., time.perf_counter(), []
-    for s in progress(range(done, steps), desc=desc):
+    for s in progress_bar(range(done, steps), desc=desc):
         losses.append(step(s))
         last = s + 1 == steps
         if (s + 1) % every == 0 or last:
