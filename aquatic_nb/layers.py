@@ -188,8 +188,7 @@ def _apply(self:AQLayer, fn, recurse=True):
 
 @patch
 def _load_from_state_dict(self:AQLayer, state, prefix, local_metadata, strict, missing, unexpected, errors):
-    "Take tensors of a state dict; `like` may be missing there, as in a file; a dense weight has no place "
-    "here."
+    "Take tensors of a state dict, where `like` may be missing, as in a file; a dense weight is refused."
     nn.Module._load_from_state_dict(self, state, prefix, local_metadata, strict, missing, unexpected, errors)
     if f'{prefix}like' in missing: missing.remove(f'{prefix}like')
     if self.bias is None: self.like = _frozen(torch.empty_like(self.like, device=self.scales.device))
@@ -220,7 +219,7 @@ def why_not_replaced(
     if module._parameters.get('weight') is None:
         return 'its weight is computed (weight_norm, spectral_norm, pruning); make that permanent first'
     if 'forward' in module.__dict__:
-        return 'its forward is replaced (offloading or casting hooks of accelerate or diffusers); remove them first'
+        return 'its forward is replaced (hooks of accelerate or diffusers for offloading or casting)'
     return None
 
 # %% ../nbs/04_layers/11_layers.ipynb #82a664df
