@@ -35,17 +35,22 @@ from .tune.distill import TuneConfig, tune_model
 # %% ../nbs/09_door/23_quant.ipynb #6bb17dba
 def _check_model(model):
     "The layers of a model that can be quantized; TypeError or ValueError says what is wrong with it."
-    if not isinstance(model, nn.Module): raise TypeError(f'model is a {type(model).__name__}, expected a diffusers model (a torch.nn.Module)')
+    if not isinstance(model, nn.Module): raise TypeError(f'model is a {type(model).__name__}, expected a '
+                                                         f'diffusers model (a torch.nn.Module)')
     layers, packed, kind = packable(model), packed_layers(model), type(model).__name__
     if not layers and not packed: raise ValueError(f'{kind} has no Conv2d or Linear that could be quantized')
     if not hasattr(model, 'save_config'):
-        raise TypeError(f'model is a {kind}, expected a diffusers model (a ModelMixin, with a config to save); '
+        raise TypeError(f'model is a {kind}, expected a diffusers model (a ModelMixin, with a config to '
+                        f'save); '
                         'other modules can go through encode_model and pack')
-    if packed: raise ValueError(f'the model is already quantized ({len(packed)} packed layers); call hub.dequantize first')
+    if packed: raise ValueError(f'the model is already quantized ({len(packed)} packed layers); call '
+                                f'hub.dequantize first')
     for n, m in layers.items():
-        if m.weight.is_meta: raise ValueError(f'layer {n!r} has no weights (meta device); load the model first')
+        if m.weight.is_meta: raise ValueError(f'layer {n!r} has no weights (meta device); load the model '
+                                              f'first')
         if not torch.isfinite(m.weight).all():
-            raise ValueError(f'layer {n!r}: the weight holds NaN or infinity; the checkpoint is damaged, or was cast to a dtype too small for it')
+            raise ValueError(f'layer {n!r}: the weight holds NaN or infinity; the checkpoint is damaged, or '
+                             f'was cast to a dtype too small for it')
     return layers
 
 def plan(
@@ -58,9 +63,11 @@ def plan(
     "What `quantize` would do with a model, without doing it."
     layers = packable(model)
     if not layers: raise ValueError(f'{type(model).__name__} has no Conv2d or Linear that could be quantized')
-    shapes, dense = {n: tuple(m.weight.shape) for n, m in layers.items()}, next(iter(layers.values())).weight.element_size()
+    shapes, dense = {n: tuple(m.weight.shape) for n,
+                     m in layers.items()}, next(iter(layers.values())).weight.element_size()
     fixed = match_layers(overrides, shapes)
-    schemes = uniform_plan(shapes, check_bits(bits), fixed, codebook_dtype, dense)  # refuses what cannot be, in both cases
+    schemes = uniform_plan(shapes, check_bits(bits), fixed, codebook_dtype,
+                           dense)  # refuses what cannot be, in both cases
     rows = []
     for n, m in model.named_modules():
         w = getattr(m, 'weight', None)
@@ -68,7 +75,8 @@ def plan(
         elif n in shapes:
             size = stored_bytes(schemes[n], shapes[n], dense_bytes=dense)
             row = (str(schemes[n]), size*8/math.prod(shapes[n]), size, 'set by hand' if n in fixed else '')
-        elif isinstance(w, nn.Parameter) and w.dim() > 1: row = ('dense', 8.*w.element_size(), w.nbytes, why_dense(m))
+        elif isinstance(w, nn.Parameter) and w.dim() > 1:
+            row = ('dense', 8.*w.element_size(), w.nbytes, why_dense(m))
         else: continue
         rows.append((n, layer_kind(n), tuple(w.shape), *row))
     return pd.DataFrame(rows, columns=['layer', 'kind', 'shape', 'scheme', 'bits', 'bytes', 'note'])
@@ -101,18 +109,24 @@ class _Settings:
     seed:int
     memory:int
 
-    def mark(self): return digest('settings 4', {k: v if k != 'tune' else str(v) for k, v in vars(self).items()})
+    def mark(self):
+        return digest('settings 4', {k: v if k != 'tune' else str(v) for k, v in vars(self).items()})
 
 def _check_arguments(s, calibration):
     "ValueError where a setting cannot work; before any work."
     check_bits(s.bits)
-    if s.act_bits not in (None, 4, 6, 8): raise ValueError(f'act_bits={s.act_bits!r}, expected None, 8, 6 or 4')
-    if not isinstance(s.beam, int) or not 1 <= s.beam <= 256: raise ValueError(f'beam={s.beam!r}, expected an integer from 1 to 256')
-    if not isinstance(s.sweeps, int) or s.sweeps < 1: raise ValueError(f'sweeps={s.sweeps!r}, expected an integer above 0')
+    if s.act_bits not in (None, 4, 6, 8): raise ValueError(f'act_bits={s.act_bits!r}, expected None, 8, 6 '
+                                                           f'or 4')
+    if not isinstance(s.beam, int) or not 1 <= s.beam <= 256:
+        raise ValueError(f'beam={s.beam!r}, expected an integer from 1 to 256')
+    if not isinstance(s.sweeps, int) or s.sweeps < 1:
+        raise ValueError(f'sweeps={s.sweeps!r}, expected an integer above 0')
     if not s.memory > 0: raise ValueError(f'memory={s.memory!r}, expected a number of bytes above 0')
-    if s.codebook_dtype not in ('int8', 'fp16'): raise ValueError(f"codebook_dtype={s.codebook_dtype!r}, expected 'int8' or 'fp16'")
+    if s.codebook_dtype not in ('int8', 'fp16'): raise ValueError(f"codebook_dtype={s.codebook_dtype!r}, "
+                                                                  f"expected 'int8' or 'fp16'")
     if calibration is None and s.act_bits is not None:
-        raise ValueError("act_bits needs calibration inputs to find the ranges; give calibration='auto', a pipeline or a list of inputs")
+        raise ValueError("act_bits needs calibration inputs to find the ranges; give calibration='auto', a "
+                         "pipeline or a list of inputs")
     if s.tune is not None and not hasattr(calibration, 'components'):
         raise ValueError('tune needs calibration=pipe, the pipeline whose trajectories teach; '
                          'for other models call tune.distill.distill with a Teacher of your own')
@@ -122,7 +136,7 @@ def _unstorable(layers):
     out = []
     for n, m in layers.items():
         rms = m.weight.detach().float().flatten(1).pow(2).mean(1).sqrt()
-        scale = rms/40                                                       # about what int8 codebooks make of it
+        scale = rms/40                                     # about what int8 codebooks make of it
         lost = (scale.half().float() - scale).abs() > .01*scale
         if (lost & (scale > 1e-4*scale.max())).any() or (rms/10 > 65504).any(): out.append(n)
     return out
@@ -132,22 +146,22 @@ def quantize(
     model:nn.Module,         # any diffusers model made of Conv2d and Linear; changed in place
     bits:float=2,            # average stored bits over all conv and linear weights, 0.25 to 16
     *,
-    act_bits:int=None,       # 8, 6 or 4: quantize activations too, but those that conv_in and conv_out take; None: leave them
-    calibration='auto',      # list of forward inputs, a pipeline that holds the model, 'auto', or None (weight error)
+    act_bits:int=None,       # 8, 6 or 4: activations too, but those of conv_in and conv_out; None: leave them
+    calibration='auto',      # list of inputs, a pipeline that holds the model, 'auto', or None (weight error)
     calibration_prompts:list=None, # texts for pipelines that take them; None: the package's own
     calibration_kwargs:dict=None,  # further arguments of the pipeline, e.g. an image
     n_calibration:int=None,  # calibration trajectories; None: 64, for models of more than 100M parameters 16
-    guidance_scale=None,     # of the calibration walk; None: 3 for class-conditional pipelines, else the pipeline's own
+    guidance_scale=None,     # of the walk; None: 3 for class-conditional pipelines, else the pipeline's own
     overrides:dict=None,     # pattern -> 'dense', a Scheme or its text, (M, B), or integer bits 1..8
     laq=True,                # True: layers get what they bear; False: the uniform setting
     beam:int=8,              # partial sums kept in the code search
     sweeps:int=3,            # rounds of codes, codebooks, scales
-    sequential='auto',       # measure inputs behind the quantized prefix; 'auto': up to 100M parameters, or on a GPU
+    sequential='auto',       # inputs behind the quantized prefix; 'auto': up to 100M parameters, or on a GPU
     codebook_dtype='int8',   # 'int8' or 'fp16'
-    tune=None,               # minutes of distillation afterwards, or a `TuneConfig`; needs a pipeline as calibration
+    tune=None,               # minutes of distillation, or a `TuneConfig`; needs a pipeline as calibration
     seed:int=0,              # same seed, same bytes
     work_dir=None,           # keeps finished layers: a killed run goes on
-    memory:int=4*2**30,      # bytes for the input moments that are held at once; part of what decides the bytes
+    memory:int=4*2**30,      # bytes for input moments held at once; decides the waves, and so the bytes
     device=None,             # where to compute; None: where the model is
     workers:int=2,           # threads; the result does not depend on it
     spread:Alone=None,       # the processes of the run, see `ldm4.Spread`; None: this one alone
@@ -155,15 +169,19 @@ def quantize(
 )->nn.Module:                # the same model, packed, in eval mode
     "Quantize a diffusers model in place to `bits` stored bits a weight."
     layers, size = _check_model(model), sum(p.numel() for p in model.parameters())
-    if sequential == 'auto': sequential = size <= _LARGE or device is not None and 'cuda' in str(device) or next(model.parameters()).is_cuda
-    s = _Settings(bits, bool(laq), beam, sweeps, n_calibration or (64 if size <= _LARGE else 16), guidance_scale, bool(sequential),
+    on_gpu = 'cuda' in str(device or next(model.parameters()).device)
+    if sequential == 'auto': sequential = size <= _LARGE or on_gpu
+    s = _Settings(bits, bool(laq), beam, sweeps, n_calibration or (64 if size <= _LARGE else 16),
+                  guidance_scale, bool(sequential),
                   codebook_dtype, act_bits, tune, seed, memory)
     _check_arguments(s, calibration)
     fixed = match_layers(overrides, {n: tuple(m.weight.shape) for n, m in layers.items()})
     left = [n for n in _unstorable(layers) if n not in fixed]
-    if left: warnings.warn(f'{len(left)} layers have row scales outside the range of fp16 and stay dense, first {left[0]!r}')
+    if left: warnings.warn(f'{len(left)} layers have row scales outside the range of fp16 and stay dense, '
+                           f'first {left[0]!r}')
     job = _Job(model, s, calibration, fixed | dict.fromkeys(left, 'dense'),
-               dict(prompts=calibration_prompts, kwargs=calibration_kwargs), Run(seed, workers, memory, progress, spread or Alone()))
+               dict(prompts=calibration_prompts, kwargs=calibration_kwargs),
+               Run(seed, workers, memory, progress, spread or Alone()))
     return job.run(work_dir, device)
 
 @delegates(quantize)
@@ -179,9 +197,11 @@ def quantize_unet(
 class _Job:
     "One run of `quantize`, on checked arguments."
     def __init__(self, model, settings, calibration, fixed, sources, run):
-        self.model, self.settings, self.calibration, self.fixed, self.sources, self.shared_run = model, settings, calibration, fixed, sources, run
+        self.model, self.settings, self.calibration = model, settings, calibration
+        self.fixed, self.sources, self.shared_run = fixed, sources, run
         given = calibration if isinstance(calibration, (list, tuple)) else None
-        self.mark = digest(settings.mark(), {n: m.weight for n, m in packable(model).items()}, given is None or [list(o) for o in given])
+        self.mark = digest(settings.mark(), {n: m.weight for n, m in packable(model).items()}, given is None
+                           or [list(o) for o in given])
 
     def run(self, work_dir, device):
         "All stages, with the folder locked and the model where it should compute."
@@ -200,7 +220,8 @@ class _Job:
         if calls is not None: self.work.check('inputs', calls.mark())
         schemes, worth = run.spread.once(lambda: self.choose(calls))
         few = None if calls is None else thinned(calls, _PER_STEP)
-        done = encode_model(model, schemes, few, dict(beam=s.beam, sweeps=s.sweeps), self.work, s.sequential, worth=worth, run=run)
+        done = encode_model(model, schemes, few, dict(beam=s.beam, sweeps=s.sweeps), self.work, s.sequential,
+                            worth=worth, run=run)
         dense = None if s.tune is None else copy.deepcopy(model).requires_grad_(False)
         pack(model, done)
         inner = [n for n in packed_layers(model) if n not in ('conv_in', 'conv_out')]
@@ -214,7 +235,8 @@ def calibrate(self:_Job):
     "The calls that layers are calibrated on."
     s = self.settings
     with single_thread():
-        return calibration_batches(self.model, self.calibration, s.n_calibration, guidance_scale=s.guidance_scale, seed=s.seed,
+        return calibration_batches(self.model, self.calibration, s.n_calibration,
+                                   guidance_scale=s.guidance_scale, seed=s.seed,
                                    progress=self.shared_run.progress, **self.sources)
 
 @patch
@@ -222,10 +244,12 @@ def choose(self:_Job, calls):
     "(name -> scheme, name -> what a layer's relative error is worth), by LAQ or the uniform plan."
     s, run, layers = self.settings, self.shared_run, packable(self.model)
     if not s.laq or calls is None:
-        shapes, size = {n: tuple(m.weight.shape) for n, m in layers.items()}, next(self.model.parameters()).element_size()
+        shapes, size = {n: tuple(m.weight.shape) for n,
+                        m in layers.items()}, next(self.model.parameters()).element_size()
         return uniform_plan(shapes, s.bits, self.fixed, s.codebook_dtype, size), None
     folder = None if self.work.path is None else self.work.path/'laq'
-    table = sensitivity(self.model, thinned(calls, _PER_STEP, whole=True), codebook_dtype=s.codebook_dtype, work_dir=folder,
+    table = sensitivity(self.model, thinned(calls, _PER_STEP, whole=True), codebook_dtype=s.codebook_dtype,
+                        work_dir=folder,
                         seed=s.seed, memory=s.memory, workers=run.workers, progress=run.progress)
     choice = allocate(table, bits_to_bytes(table, s.bits), overrides=self.fixed)
     return choice, worth_of(table, choice)
@@ -234,5 +258,6 @@ def choose(self:_Job, calls):
 def tune(self:_Job, dense, calls):
     "Distillation from the model as it was; its checkpoint lies in the work folder."
     checkpoint = None if self.work.path is None else self.work.path/'tuning.pt'
-    tune_model(self.model, dense, self.calibration, self.settings.tune, points=split_points(calls)[1], checkpoint=checkpoint,
+    tune_model(self.model, dense, self.calibration, self.settings.tune, points=split_points(calls)[1],
+               checkpoint=checkpoint,
                run=self.shared_run, **self.sources)
