@@ -14,15 +14,15 @@ import numpy as np
 import torch
 from numba import njit
 from torch import Tensor
+from torch.nn.functional import pad
 
 from .aq import AQTensor, Scheme, kmeans_assign, residual_kmeans, sum_codewords
 from .core import generator
-from .kaq import pad_h
 
 # %% ../nbs/03_encoder/10_encode.ipynb #ea190d35
 @njit(nogil=True, fastmath=True, cache=True)
 def _least(bits):
-    "Ordered key of the least float32 of a vector, given as its bits: integers compare faster than floats here."
+    "Ordered key of the least float32 of a vector, given as its bits: integers compare faster than floats."
     low = np.int32(2147483647)
     for k in range(len(bits)):
         v = bits[k]
@@ -43,10 +43,10 @@ def _score_row(base, cross, part, n, m, add, row):
         table = cross[l, m, part[l]]
         for k in range(len(row)): row[k] += 2*table[k]
 
-# %% ../nbs/03_encoder/10_encode.ipynb #6ea673d4
+# %% ../nbs/03_encoder/10_encode.ipynb #bd94107d
 @njit(nogil=True, fastmath=True, cache=True)
 def _keep_best(row, bits, h, kept, score, count, width):
-    "Put the codewords of `row`, after hypothesis h, among the best `width` (kept[p] = h, k); returns their number."
+    "Put the codewords of `row`, after hypothesis h, among the best `width` (kept[p] = h, k): their number."
     worst = score.view(np.int32)[width - 1:width]
     for a in range(0, len(row), 16):
         if count == width and _least(bits[a:a + 16]) >= _least(worst): continue
@@ -85,7 +85,7 @@ def _search_row(base, cross, best, beam, room):
     if hyp_score[0] < now - 1e-6*abs(now):
         for m in range(M): best[m] = hyp[0, m]
 
-# %% ../nbs/03_encoder/10_encode.ipynb #bbbea735
+# %% ../nbs/03_encoder/10_encode.ipynb #31e976d8
 @njit(nogil=True, fastmath=True, cache=True)
 def _search_tables(dots, norms, cross, codes, beam, rounds):
     "Beam and ICM for each row of `codes` [O, M]; tables dots [O, M, K], norms [M, K], cross [M, M, K, K]."
@@ -227,7 +227,7 @@ def start(
     codes = torch.cat(codes, 1).reshape(O, J, -1).to(torch.int32)
     return _ready(State(W, H, scheme, codes, torch.cat([*books, C]), scales), 'k-means')
 
-# %% ../nbs/03_encoder/10_encode.ipynb #04b44e27
+# %% ../nbs/03_encoder/10_encode.ipynb #ec2372e5
 def _picked(live, n, gen):
     "At most n positions, drawn from those that are live (from all, if none is)."
     at = live.nonzero().flatten() if live.any() else torch.arange(len(live), device=live.device)
@@ -253,7 +253,7 @@ def _start_uniform(W, H, scheme, grid=24):
     scales = torch.where(W.abs().amax(1) > 0, best, 0*best)
     return _ready(State(W, H, scheme, codes.to(torch.int32)[..., None], C, scales), 'rounding')
 
-# %% ../nbs/03_encoder/10_encode.ipynb #766b8f54
+# %% ../nbs/03_encoder/10_encode.ipynb #2a379207
 def _inverse(scales): return torch.where(scales > 0, 1/scales.clamp(min=1e-30), 0)[:, None]
 
 def _keep_better(st, codes):
@@ -274,7 +274,7 @@ def _triangle(H, d):
         A.diagonal().add_(lift*A.diagonal().mean())
     return index, L
 
-# %% ../nbs/03_encoder/10_encode.ipynb #4edee0c5
+# %% ../nbs/03_encoder/10_encode.ipynb #c18201ad
 def nearest_plane(
     st:State,      # changed in place
     triangle=None, # of `_triangle`, where it is at hand
@@ -345,9 +345,9 @@ def _codeword_blocks(st):
     for m in range(M): count[m].index_add_(0, st.codes[..., m].reshape(-1).long()*J + where, s2)
     return (count.reshape(M*K, J) @ blocks).reshape(M*K, d, d)
 
-# %% ../nbs/03_encoder/10_encode.ipynb #86a6bd6e
+# %% ../nbs/03_encoder/10_encode.ipynb #95de0cf6
 def _lifted(blocks, ridge=1e-6):
-    "The blocks [M*K, d, d] made positive definite (unused codewords have none), and the ridge in their units."
+    "The blocks [M*K, d, d], positive definite also for unused codewords, and the ridge in their units."
     size = blocks.diagonal(dim1=1, dim2=2).mean(1)
     lift = (1e-3*size + ridge*size.mean()).clamp(min=1e-20)
     return blocks + lift[:, None, None]*torch.eye(blocks.shape[1], device=blocks.device), ridge*size.mean()
@@ -368,7 +368,7 @@ def refit_codebooks(
         if torch.isfinite(x).all(): st.C = C + x; st.What, st.G = st.decode(), g
         st.note('codebooks')
 
-# %% ../nbs/03_encoder/10_encode.ipynb #f35df5ad
+# %% ../nbs/03_encoder/10_encode.ipynb #eda326f5
 def _conjugate_gradients(states, inverse, iters, ridge, enough):
     "What to add to the codebooks, and the states' G afterwards."
     precondition = lambda R: (inverse @ R.reshape(len(inverse), -1, 1)).reshape(R.shape)
@@ -427,7 +427,7 @@ def _to_int8(C, blocks):
         if best is None or cost < best[0]: best = cost, q.reshape(M, K, d), step
     return best[1:]
 
-# %% ../nbs/03_encoder/10_encode.ipynb #67dc03c5
+# %% ../nbs/03_encoder/10_encode.ipynb #795368af
 def _to_half(scales):
     half = scales.half().float()
     off = (half - scales).abs()
@@ -457,9 +457,9 @@ def _posed(W, H, scheme, damping=.1, D=None):
     extra = -W.shape[1] % scheme.group_size
     if not extra: return W, H
     lift = torch.cat([H.new_zeros(W.shape[1]), H.new_full((extra,), 1e-3*float(H.diagonal().mean()))])
-    return torch.nn.functional.pad(W, (0, extra)), pad_h(H, scheme.group_size) + torch.diag(lift)
+    return pad(W, (0, extra)), pad(H, (0, extra, 0, extra)) + torch.diag(lift)
 
-# %% ../nbs/03_encoder/10_encode.ipynb #d1e338db
+# %% ../nbs/03_encoder/10_encode.ipynb #2e8ed0ea
 PLANES = 2   # rounds that begin with a nearest-plane pass
 
 def _begin(W, H, scheme, seed, codebooks, earlier):
@@ -469,16 +469,16 @@ def _begin(W, H, scheme, seed, codebooks, earlier):
     old, fits = earlier.scheme, tuple(earlier.codes.shape[:2]) == (len(W), W.shape[1]//scheme.group_size)
     like = replace(scheme, n_codebooks=old.n_codebooks, codebook_dtype=old.codebook_dtype, share=old.share)
     if old != like or not fits or old.n_codebooks > scheme.n_codebooks:
-        raise ValueError(f'start: an encoding under {old} with codes of shape {tuple(earlier.codes.shape)} can not '
-                         f'go on as {scheme} for rows of shape {tuple(W.shape)}; expected the same rows, group size '
-                         'and bits, and no more codebooks')
+        raise ValueError(f'start: an encoding under {old} with codes of shape {tuple(earlier.codes.shape)} '
+                         f'can not go on as {scheme} for rows of shape {tuple(W.shape)}; '
+                         'expected the same rows, group size and bits, and no more codebooks')
     C = earlier.codebooks if isinstance(earlier, AQTensor) else earlier.C
     codes = earlier.codes.to(W.device, torch.int32, copy=True)
     st = State(W, H, scheme, codes, C.to(W.device).float(), earlier.scales.to(W.device).float())
     if old.n_codebooks == scheme.n_codebooks: return _ready(st, 'given')
     return start(W, H, scheme, seed, earlier=st)
 
-# %% ../nbs/03_encoder/10_encode.ipynb #f66e6667
+# %% ../nbs/03_encoder/10_encode.ipynb #a608bd2d
 def _rounds(st, moves, most, tolerance):
     "Rounds of half-steps, until one lowers the loss by less than `tolerance`."
     for _ in range(most):
@@ -499,7 +499,7 @@ def _descend(st, beam, sweeps, tolerance, refit):
         _rounds(st, [lambda st: nearest_plane(st, triangle, beam), *refit, refit_scales], planes, 0)
         del triangle
     _rounds(st, [lambda st: sweep_codes(st, beam), *refit, refit_scales], sweeps - planes, tolerance)
-    if refit: _round_storage(st)                                    # codebooks that are given are rounded already
+    if refit: _round_storage(st)                             # codebooks that are given are rounded already
     _rounds(st, [lambda st: sweep_codes(st, beam), refit_scales], min(sweeps, 3), tolerance)
     st.scales = _to_half(st.scales)
     return _ready(st, 'storage')
@@ -526,7 +526,7 @@ def encode_rows(
     st = _descend(st, beam, sweeps, tolerance, refit)
     return given if start is not None and _storable(given) and given.loss() < st.loss() else st
 
-# %% ../nbs/03_encoder/10_encode.ipynb #3bc47356
+# %% ../nbs/03_encoder/10_encode.ipynb #a890745d
 def to_aq(
     st:State, # finished encoder state
     shape,    # dense weight shape
@@ -590,7 +590,7 @@ def _pooled(posed, scheme, seed, per_codeword):
         h.append(w*(H.diagonal()*W.pow(2).mean()).reshape(-1, d)[pick % J])
     return torch.cat(V), torch.cat(h), gen
 
-# %% ../nbs/03_encoder/10_encode.ipynb #8c55619f
+# %% ../nbs/03_encoder/10_encode.ipynb #87bbd983
 def share_codebooks(
     problems:list,  # of (W [O, N], H [N, N] or None, weight of the layer's loss)
     scheme:Scheme,  # storage scheme of all of them
