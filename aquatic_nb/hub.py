@@ -126,7 +126,8 @@ _OURS = 'quantization_config', '_pre_quantization_dtype'   # what a packed model
 
 def _skeleton(model):
     "The model that a config describes, without content."
-    config = {k: v for k, v in model.config.items() if k not in _OURS}
+    config = json.loads(model.to_json_string())                               # as it is saved
+    config.pop('quantization_config', None)
     try:
         with init_empty_weights(): return type(model).from_config(config)
     except Exception as e: # whatever a class's own constructor may raise
@@ -141,6 +142,7 @@ def _dense_shapes(model):
     shapes = {k: tuple(t.shape) for k, t in model.state_dict().items() if k not in inside}
     return shapes | {f'{n}.weight': tuple(m.weight_shape) for n, m in layers.items()}
 
+# %% ../nbs/08_files/22_hub.ipynb #1772f939
 def _nature(module):
     "What a layer computes, apart from its tensors; a packed one answers as the dense one would."
     for dense in (nn.Conv2d, nn.Linear):
@@ -195,7 +197,7 @@ def check_savable(
 )->None:
     "ValueError where `from_pretrained` could not open what `save_pretrained` would write; says what helps."
     _check_hooks(model)
-    for n, m in model.named_modules():
+    for n, m in model.named_modules() if not packed_layers(model) else ():
         why = why_not_replaced(m) if type(m) in (nn.Conv2d, nn.Linear) else None
         if why: raise ValueError(f'layer {n!r}: {why}')
     wrong = _differences(model)
@@ -262,10 +264,8 @@ class AquaticQuantizer(DiffusersQuantizer):
         check_savable(self.owner.model)
         return True
 
-    def _process_model_before_weight_loading(self, model, state_dict=None, **kwargs):
+    def _process_model_before_weight_loading(self, model, **kwargs):
         if self.stored is not None: self.own = lay_out(model, self.stored, self.quantization_config)
-        elif CHECKSUMS in (state_dict or ()): raise ValueError(
-            'from_single_file: the file is part of a packed model; call from_pretrained with its folder')
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         if self.stored is None: _pack_loaded(model, self.quantization_config)
@@ -304,6 +304,15 @@ def maybe_update_loaded_keys(self:AquaticQuantizer, loaded_keys, checkpoint_file
     return [k for k in loaded_keys if k not in hidden]
 
 # %% ../nbs/08_files/22_hub.ipynb #ef8787c3
+@patch
+def maybe_update_state_dict(self:AquaticQuantizer, state_dict):
+    "What was read from a file: any of from_pretrained, or the single one of from_single_file."
+    if self.stored is not None: return state_dict
+    if CHECKSUMS in state_dict: raise ValueError(
+        'from_single_file: the file is part of a packed model; call from_pretrained with its folder')
+    _bits_of(self.quantization_config)
+    return state_dict
+
 @patch
 def update_missing_keys(self:AquaticQuantizer, model, missing_keys, prefix):
     "None: those of shared codebooks are known, and anything else was refused before."

@@ -61,10 +61,11 @@ def why_not_plain(
     if type(x) not in _PLAIN: return f'the input is a {type(x).__name__}'
     for t in layer._parameters.values():
         if type(t) not in _PLAIN: return f'the layer holds a {type(t).__name__}'
-    if x.layout != torch.strided or x.is_nested or x.is_neg() or x._is_zerotensor():
+    if x.is_meta or x.layout != torch.strided or x.is_nested or x.is_neg() or x._is_zerotensor():
         return 'the input is not stored plainly'
     if torch.is_autocast_enabled(x.device.type): return 'autocast chooses the dtype'
     if '_conv_forward' in layer.__dict__: return 'its convolution was replaced by another function'
+    if not layer.usual(x): return f'an input of shape {tuple(x.shape)}'
     return None
 
 # %% ../nbs/04_layers/11_layers.ipynb #502d0eeb
@@ -201,11 +202,19 @@ class AQConv2d(AQLayer, nn.Conv2d):
         "The dense convolution with this layer's geometry."
         return self._conv_forward(x, weight, self.bias)
 
+    def usual(self, x):
+        "Whether an input is a batch of maps; PyTorch takes single ones, too, and words all errors."
+        return x.dim() == 4 and x.shape[1] == self.in_channels
+
 class AQLinear(AQLayer, nn.Linear):
     "A Linear whose weight is stored by additive quantization."
     def dense(self, x, weight):
         "The dense product."
         return F.linear(x, weight, self.bias)
+
+    def usual(self, x):
+        "Whether an input is a batch of vectors, of whatever dimensions."
+        return x.dim() > 0 and x.shape[-1] == self.in_features
 
 # %% ../nbs/04_layers/11_layers.ipynb #b6c129ac
 def _run_dense(layer, x): return layer.dense(x, layer.weight)

@@ -27,7 +27,7 @@ from aquatic_nb.layers import packed_layers, swap
 from packed_models import C, KINDS, X, conditional, ddpm, pack_layer, pack_model, plain, run
 
 DATA = Path(__file__).parent/'data'
-cases = settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+cases = settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
 
 # the format does not change
@@ -300,7 +300,7 @@ def subclassed(f, x):
     y = f(x.as_subclass(Watched))
     assert type(y) is Watched
     return y.as_subclass(torch.Tensor)
-def negative(f, x): return f(torch.view_as_real(torch.complex(x, x).conj())[..., 1])
+def negative(f, x): return f(torch.complex(x, x).conj().imag)                 # a negation that was put off
 def of_no_batch(f, x): return f(x[:0]) if x.dim() > 3 or isinstance(f, nn.Linear) and x.dim() > 1 else f(x)
 def amp(f, x):
     with torch.autocast('cpu', torch.bfloat16): return f(x)
@@ -322,7 +322,6 @@ WAYS = [as_is, jvp, gradient, backward, many, second, dual, traced, subclassed, 
 @given(layers())
 def test_transforms_see_a_dense_layer(way, given):
     dense, packed, x = given
-    if way is negative and not isinstance(dense, nn.Linear) and x.dim() != 4: return
     torch.testing.assert_close(way(packed, x), way(dense, x), rtol=1e-3, atol=1e-3)
 
 @pytest.mark.parametrize('way', [exported, compiled], ids=lambda f: f.__name__)
@@ -330,6 +329,7 @@ def test_transforms_see_a_dense_layer(way, given):
 @given(layers())
 def test_compilers_see_a_dense_layer(way, given): test_transforms_see_a_dense_layer.hypothesis.inner_test(way, given)
 
+@pytest.mark.slow
 def test_inductor():
     "The compiler that writes its own kernels, on a convolution and what follows."
     torch._dynamo.reset()
@@ -338,7 +338,7 @@ def test_inductor():
     x = torch.randn(1, 4, 8, 8, generator=generator(0, 'inductor'))
     with torch.no_grad(): torch.testing.assert_close(torch.compile(chain)(x), dequantize(copy.deepcopy(chain))(x), rtol=1e-4, atol=1e-4)
 
-@cases
+@settings(parent=cases, max_examples=6)
 @given(layers())
 def test_without_data(given):
     "FakeTensors have shapes only; nothing asks for their data."
@@ -349,8 +349,10 @@ def test_without_data(given):
     with torch.device('meta'): m = x.to('meta')
     assert copy.deepcopy(packed).to('meta')(m).shape == dense(x).shape
 
-@pytest.mark.parametrize('way', [jvp, gradient, dual, traced, many], ids=lambda f: f.__name__)
+@pytest.mark.parametrize('way', [gradient, dual, traced], ids=lambda f: f.__name__)
 def test_a_whole_model_is_transformed(way, packed):
+    packed = copy.deepcopy(packed).requires_grad_(False)
+    packed.set_attn_processor(AttnProcessor())                                 # the fused one has no tangents on a CPU
     dense = dequantize(copy.deepcopy(packed)).requires_grad_(False)
     def call(model): return lambda x: model(x, torch.tensor(7), C[:1].expand(len(x), -1, -1), return_dict=False)[0]
     a, b = way(call(packed), X), way(call(dense), X)
