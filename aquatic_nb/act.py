@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .core import generator
-from .layers import packed_layers
+from .layers import packed_layers, steady_kernels
 from .walk import TIME_NAMES
 
 # %% ../nbs/04_layers/12_act.ipynb #1e5991f8
@@ -347,7 +347,8 @@ def attach_act(
     for n in names: packed[n].act = None
     handles = [packed[n].register_forward_pre_hook(w) for n, w in watches.items()]
     try:
-        for batch in batches: model(**batch)
+        with steady_kernels():
+            for batch in batches: model(**batch)
     finally:
         for h in handles: h.remove()
     if silent := [n for n, w in watches.items() if not w.parts]:
