@@ -32,3 +32,11 @@ def _register_kernels(layers):
 
 core.when_imported('diffusers.quantizers.auto', _register_backend)  # save_pretrained and from_pretrained know packed models
 core.when_imported('aquatic_nb.layers', _register_kernels)          # packed layers find the fast kernels
+
+_DOORS = {o: o for o in ('bench', 'calib', 'cpu', 'format', 'hub', 'layers', 'ldm4', 'metrics', 'quant', 'zoo')} | {'samples': 'eval.samples'}
+
+
+def __getattr__(name):
+    "`aquatic_nb.quant` and the other doors after a plain `import aquatic_nb`: a room is entered when it is first named."
+    if name in _DOORS: return import_module(f'aquatic_nb.{_DOORS[name]}')
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
