@@ -6,8 +6,6 @@
 __all__ = ['effective_bits', 'menu', 'share_sets', 'shared_menu']
 
 # %% ../nbs/05_bits/13_menu.ipynb #77d5cd9a
-import math
-
 import numpy as np
 from torch import nn
 

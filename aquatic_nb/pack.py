@@ -25,7 +25,7 @@ from .aq import AQTensor, Scheme, decode, stored_bytes
 from .calib import execution_order, input_moments, moment_bytes, waves
 from .core import Run, digest, write_atomic
 from .encode import encode_rows, relative_error, to_aq
-from .kaq import catalogue, layer_kind, match_layers, natural_group_size, packable, why_dense
+from .kaq import catalogue, layer_kind, natural_group_size, packable, why_dense
 from .laq import learn_shared
 from .layers import AQLayer, from_aq, packed_layers, stored_sizes, swap
 from .menu import effective_bits

@@ -9,11 +9,9 @@ __all__ = ['TIME_NAMES', 'CALIBRATION_GUIDANCE', 'SAMPLING_GUIDANCE', 'nested', 
 
 # %% ../nbs/02_models/04_walk.ipynb #488da703
 import inspect
-import json
 import re
 from collections.abc import Mapping
 from importlib.resources import files
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
