@@ -27,12 +27,8 @@ from aquatic_nb.eval.samples import compare, labels_of, sample_images
 from aquatic_nb.kaq import packable
 from aquatic_nb.kernels.cuda_runtime import cuda_seconds, gpu
 from aquatic_nb.ldm4 import CONFIGS, example_inputs, meta_model
-<<<<<<< HEAD
-from aquatic_nb.quant import quant_report, quantize_unet
-=======
 from aquatic_nb.pack import quant_report
 from aquatic_nb.quant import quantize_unet
->>>>>>> gpu
 from aquatic_nb.tune.distill import TuneConfig
 from aquatic_nb.zoo import load_mini_classifier, load_mini_ldm
 from cuda_cases import TOLERANCE, error, pack_randomly, random_case, random_layer, reference
