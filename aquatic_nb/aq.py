@@ -66,8 +66,8 @@ def parse_scheme(
     if m := re.fullmatch(r'uniform([0-9]+)', str(text)): return Scheme(1, int(m[1]), 1, kind='uniform')
     if m := re.fullmatch(r'([0-9]+)x([0-9]+)b/([0-9]+)(-fp16)?(?:@(.+))?', str(text), re.DOTALL):
         return Scheme(int(m[1]), int(m[2]), int(m[3]), 'fp16' if m[4] else 'int8', share=m[5] or '')
-    raise ValueError(f"scheme {text!r}: expected 'dense', 'uniform<bits>', or '<codebooks>x<bits>b/<group size>', "
-                     "such as '2x8b/9', with '-fp16' for fp16 codebooks, '@<set>' where several layers hold them")
+    raise ValueError(f"scheme {text!r}: expected 'dense', 'uniform4' or '<codebooks>x<bits>b/<group size>' "
+                     "with '-fp16' for fp16 codebooks and '@<set>' where several layers hold them: '2x8b/9'")
 
 # %% ../nbs/01_theory/01_aq.ipynb #435c3e24
 def n_groups(
@@ -90,7 +90,7 @@ def codebook_bytes(
     entry = 1 if scheme.codebook_dtype == 'int8' else 2
     return 0 if scheme.kind == 'uniform' else scheme.n_codebooks*scheme.n_codewords*scheme.group_size*entry
 
-# %% ../nbs/01_theory/01_aq.ipynb #43286d75
+# %% ../nbs/01_theory/01_aq.ipynb #f6f5bb8a
 def stored_bytes(
     scheme:Scheme|str, # the storage scheme, or 'dense'
     shape,             # dense weight shape, (O, I, kh, kw) or (O, N)
@@ -127,7 +127,7 @@ class AQTensor:
     @property
     def bits(self): return self.nbytes*8/math.prod(self.shape)
 
-# %% ../nbs/01_theory/01_aq.ipynb #60509670
+# %% ../nbs/01_theory/01_aq.ipynb #76606e1a
 def check_values(
     aq:AQTensor, # the tensor to check
     name='',     # layer name for the message
@@ -154,7 +154,7 @@ def sum_codewords(
     for m in range(codes.shape[-1]): out = out + wide[m][codes[..., m].long()]
     return out
 
-# %% ../nbs/01_theory/01_aq.ipynb #f64950a0
+# %% ../nbs/01_theory/01_aq.ipynb #c5d7d3fc
 def decode_rows(
     aq:AQTensor,         # compressed weight
     dtype=torch.float32, # dtype of the result
@@ -185,7 +185,7 @@ def pack_codes(
     stream = torch.nn.functional.pad(stream, (0, -stream.numel() % 8)).reshape(-1, 8)
     return low, (stream << torch.arange(8, device=c.device)).sum(1).to(torch.uint8)
 
-# %% ../nbs/01_theory/01_aq.ipynb #51bdcaf4
+# %% ../nbs/01_theory/01_aq.ipynb #7d5ef5fa
 def unpack_codes(
     low:Tensor|None, # uint8 [O, J, M] byte plane (B >= 8)
     high:Tensor|None,# uint8 [bytes] bit plane (B != 8)
@@ -216,7 +216,7 @@ def kmeans_assign(
         index.append(i); dist.append(d + (wa*xa**2).sum(1))
     return torch.cat(index), torch.cat(dist)
 
-# %% ../nbs/01_theory/01_aq.ipynb #2e124aff
+# %% ../nbs/01_theory/01_aq.ipynb #a1e08507
 def _kmeans(x, n_codewords, weight, iters, generator):
     "Weighted k-means with re-seeding of empty clusters: centres [K, d] and assignment [n]."
     weight = torch.ones_like(x) if weight is None else weight
