@@ -204,8 +204,8 @@ def check_savable(
     if not wrong: return
     def of_kind(parts): return sorted(n for n in wrong if any(p in f'.{n}' for p in parts))
     what, remedy, names = next((w, r, names) for parts, w, r in _REMEDIES if (names := of_kind(parts)))
-    more = f'; {len(names) - 3} more' if len(names) > 3 else ''
-    listed = '; '.join(f'{n!r} {wrong[n]}' for n in names[:3]) + more
+    more = f'; {len(names) - 2} more' if len(names) > 2 else ''
+    listed = '; '.join(f'{n!r} {wrong[n]}' for n in names[:2]) + more
     raise ValueError(
         f'{type(model).__name__} is not what its config describes, so from_pretrained could not open it: '
         f'{what} ({listed}); {remedy}')
