@@ -49,7 +49,7 @@ def register_kernel(
     KERNELS[name] = Kernel(name, supports, run, priority, takes_raw)
     return KERNELS[name]
 
-# %% ../nbs/04_layers/11_layers.ipynb #d73fb380
+# %% ../nbs/04_layers/11_layers.ipynb #8a754151
 _PLAIN = (Tensor, nn.Parameter, type(None))
 
 def why_not_plain(
@@ -64,13 +64,14 @@ def why_not_plain(
     if type(x) not in _PLAIN: return f'the input is a {type(x).__name__}'
     for t in layer._parameters.values():
         if type(t) not in _PLAIN: return f'the layer holds a {type(t).__name__}'
-    if x.layout != torch.strided or x.is_nested or x.is_neg() or x._is_zerotensor():
+    if x.is_meta or x.layout != torch.strided or x.is_nested or x.is_neg() or x._is_zerotensor():
         return 'the input is not stored plainly'
     if torch.is_autocast_enabled(x.device.type): return 'autocast chooses the dtype'
     if '_conv_forward' in layer.__dict__: return 'its convolution was replaced by another function'
+    if not layer.usual(x): return f'an input of shape {tuple(x.shape)}'
     return None
 
-# %% ../nbs/04_layers/11_layers.ipynb #94933567
+# %% ../nbs/04_layers/11_layers.ipynb #502d0eeb
 def pick_kernel(
     layer,    # AQConv2d or AQLinear
     x:Tensor, # its input
@@ -120,7 +121,7 @@ class AQLayer(nn.Module):
         for name, t in zip(self._stored, (low, high, books, aq.scales.detach().half())):
             self.register_parameter(name, _frozen(t))
 
-# %% ../nbs/04_layers/11_layers.ipynb #85289379
+# %% ../nbs/04_layers/11_layers.ipynb #95e0adeb
 _BARE = frozenset(nn.Module().__dict__)
 
 @patch
@@ -145,8 +146,8 @@ def compute_dtype(self:AQLayer):
     "The dtype of the bias and of the decoded weight."
     return (self.like if self.bias is None else self.bias).dtype
 
-# %% ../nbs/04_layers/11_layers.ipynb #e026784c
-_FIXED = 'the weight of a packed layer is made of codes and cannot be set; hub.dequantize(model) makes it dense'
+# %% ../nbs/04_layers/11_layers.ipynb #cfe99ad2
+_FIXED = 'the weight of a packed layer is made of codes and cannot be set; see hub.dequantize'
 
 @patch(as_prop=True)
 def weight(self:AQLayer):
@@ -189,7 +190,7 @@ def steady_kernels():
     try: yield
     finally: _asked.steady = before
 
-# %% ../nbs/04_layers/11_layers.ipynb #15a43ad7
+# %% ../nbs/04_layers/11_layers.ipynb #c3ffc2e5
 @patch
 def forward(self:AQLayer, x):
     if why_not_plain(self, x) is None:
@@ -217,9 +218,10 @@ def _apply(self:AQLayer, fn, recurse=True):
 
 @patch
 def _load_from_state_dict(self:AQLayer, state, prefix, local_metadata, strict, missing, unexpected, errors):
-    "Take tensors of a state dict; `like` may be missing there, as in a file; a dense weight has no place here."
+    "Take tensors of a state dict, where `like` may be missing, as in a file; a dense weight is refused."
     nn.Module._load_from_state_dict(self, state, prefix, local_metadata, strict, missing, unexpected, errors)
     if f'{prefix}like' in missing: missing.remove(f'{prefix}like')
+    if self.bias is None: self.like = _frozen(torch.empty_like(self.like, device=self.scales.device))
     if f'{prefix}weight' in state: errors.append(f'layer {prefix[:-1]!r}: {_FIXED}')
 
 # %% ../nbs/04_layers/11_layers.ipynb #b7e98ff9
@@ -229,14 +231,23 @@ class AQConv2d(AQLayer, nn.Conv2d):
         "The dense convolution with this layer's geometry."
         return self._conv_forward(x, weight, self.bias)
 
+    def usual(self, x):
+        "Whether an input is a batch of maps; PyTorch takes single ones, too, and words all errors."
+        return x.dim() == 4 and x.shape[1] == self.in_channels
+
 class AQLinear(AQLayer, nn.Linear):
     "A Linear whose weight is stored by additive quantization."
     def dense(self, x, weight):
         "The dense product."
         return F.linear(x, weight, self.bias)
 
+    def usual(self, x):
+        "Whether an input is a batch of vectors, of whatever dimensions."
+        return x.dim() > 0 and x.shape[-1] == self.in_features
+
 # %% ../nbs/04_layers/11_layers.ipynb #b6c129ac
 def _run_dense(layer, x): return layer.dense(x, layer.weight)
+
 register_kernel('dense', lambda layer, x: None, _run_dense, 0);
 
 def why_not_replaced(
@@ -246,9 +257,10 @@ def why_not_replaced(
     if module._parameters.get('weight') is None:
         return 'its weight is computed (weight_norm, spectral_norm, pruning); make that permanent first'
     if 'forward' in module.__dict__:
-        return 'its forward is replaced (hooks of accelerate or diffusers for offloading or casting); remove them first'
+        return 'its forward is replaced (hooks of accelerate or diffusers for offloading or casting)'
     return None
 
+# %% ../nbs/04_layers/11_layers.ipynb #82a664df
 def from_aq(
     module:nn.Module, # the nn.Conv2d or nn.Linear to replace
     aq:AQTensor,      # its compressed weight
@@ -290,9 +302,9 @@ def set_kernel(
     for layer in packed_layers(model).values(): layer.kernel = name
     return model
 
-# %% ../nbs/04_layers/11_layers.ipynb #b1b2aed3
-_HOOKS = ('_forward_hooks', '_forward_hooks_with_kwargs', '_forward_hooks_always_called', '_forward_pre_hooks',
-          '_forward_pre_hooks_with_kwargs', '_backward_hooks', '_backward_pre_hooks')
+# %% ../nbs/04_layers/11_layers.ipynb #b33b48fa
+_HOOKS = ('_forward_hooks', '_forward_hooks_with_kwargs', '_forward_hooks_always_called', '_backward_hooks',
+          '_forward_pre_hooks', '_forward_pre_hooks_with_kwargs', '_backward_pre_hooks')
 
 def _move_hooks(old, new):
     "Hand over the hooks of a module; their handles know the dictionary, which therefore moves as it is."

@@ -282,7 +282,7 @@ class LatentDiffusion(nn.Module):
     @torch.no_grad()
     def sample(self, x, labels, steps, guidance):
         "DDIM without noise, guided, as the original walks it; images in [-1,1]."
-        times = torch.arange(0, self.c.timesteps, self.c.timesteps//steps)[:steps] + 1
+        times = torch.arange(0, self.c.timesteps, self.c.timesteps//steps) + 1 # more than `steps` where they do not divide
         before = torch.cat([torch.zeros(1, dtype=torch.long), times[:-1]])
         for t, s in reversed(list(zip(times.tolist(), before.tolist()))):
             now, then = self.alphas_cumprod[t].double(), self.alphas_cumprod[s].double()

@@ -64,7 +64,7 @@ def test_plan_reads_no_weights(pipe_folder, tmp_path, capsys):
 
 @pytest.mark.parametrize('args, says', [
     (['quantize', 'nowhere', 'DST'], 'does not exist'), (['quantize', 'SRC', 'SRC'], '--force'), (['quantize', 'SRC'], 'DST'), (['quantize', 'EMPTY', 'DST'], 'no diffusers model'),
-    (['quantize', 'SRC', 'DST', '--bits', '0'], 'bits'), (['quantize', 'SRC', 'DST', '--bits', '9'], 'bits'), (['quantize', 'SRC', 'DST', '--bits', 'nan'], 'bits'), (['quantize', 'SRC', 'DST', '--bits', 'two'], '--bits'),
+    (['quantize', 'SRC', 'DST', '--bits', '0'], 'bits'), (['quantize', 'SRC', 'DST', '--bits', '17'], '0.25 to 16'), (['quantize', 'SRC', 'DST', '--bits', 'nan'], 'bits'), (['quantize', 'SRC', 'DST', '--bits', 'two'], '--bits'),
     (['quantize', 'SRC', 'DST', '--act-bits', '1'], 'act-bits'), (['quantize', 'SRC', 'DST', '--act-bits', '5'], 'act-bits'),
     (['quantize', 'SRC', 'DST', '--tune', '0'], '--tune'), (['quantize', 'SRC', 'DST', '--tune', 'inf'], '--tune'), (['quantize', 'SRC', 'DST', '--memory', 'nan'], '--memory'), (['quantize', 'SRC', 'DST', '--trajectories', '0'], '--trajectories'),
     (['quantize', 'SRC', 'SRC', '--force'], 'is SRC'), (['quantize', 'SRC', 'SRC/..', '--force'], 'holds it'), (['quantize', 'SRC', 'FOREIGN', '--force'], 'no model folder'), (['quantize', 'SRC', 'DST', '--part', 'vae'], 'vae'), (['quantize', 'SRC/model_index.json', 'DST'], 'is a file'),
@@ -89,7 +89,7 @@ def test_pickled_components_are_refused(tmp_path, capsys):
 
 def test_no_memory(pipe_folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(cli, 'free_memory', lambda: 2**20)
-    code, out, err = aquatic(capsys, 'quantize', pipe_folder, tmp_path/'dst')
+    code, out, err = aquatic(capsys, 'quantize', pipe_folder, tmp_path/'dst', '--bits', 6)
     assert code == 3 and 'free' in err and not (tmp_path/'dst').exists()
 
 def test_damaged_source(packed, tmp_path, capsys):

@@ -97,7 +97,7 @@ def cases(draw):
     act = draw(st.booleans()) and kind in ('conv3x3', 'conv1x1', 'linear')
     split = draw(st.integers(1, I - 1)) if act and I > 1 and draw(st.booleans()) else None
     return dict(kind=kind, O=O, I=I, M=M, B=B, n=n, h=h, w=w, act=act, split=split, bits=draw(st.sampled_from((4, 8))),
-                int8=draw(st.booleans()), bias=draw(st.booleans()), portable=draw(st.integers(0, 3)) == 0,
+                int8=draw(st.booleans()), bias=draw(st.booleans()), width=draw(st.sampled_from(list(simd.widths()))),
                 layout=draw(st.sampled_from(('plain', 'channels_last', 'strided'))), seed=draw(st.integers(0, 9999)))
 
 
@@ -112,7 +112,7 @@ def check(c):
         if c['layout'] == 'channels_last': x = x.contiguous(memory_format=torch.channels_last)
     if c['layout'] == 'strided': x = torch.stack([x, x], -1)[..., 0]
     before = [p.clone() for p in layer.parameters()]
-    with simd.portable() if c['portable'] else torch.no_grad():
+    with simd.use_width(c['width']):
         agree(layer, x)
         for name in ('decode', 'cached', 'bytes', 'wino2', 'wino4', 'gemm', 'few', 'int8', 'lut'):
             layer.kernel = name

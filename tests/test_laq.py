@@ -7,8 +7,9 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from aquatic_nb.aq import Scheme, stored_bytes
-from aquatic_nb.laq import _knapsack, allocate, bits_to_bytes, check_table, menu, option_bytes, parse_option, price
+from aquatic_nb.aq import Scheme, parse_scheme, stored_bytes
+from aquatic_nb.knapsack import _knapsack, allocate, bits_to_bytes, check_table, price
+from aquatic_nb.menu import menu
 
 def made_table(seed=0, layers=6):
     "A table as `sensitivity` makes it, with invented damages."
@@ -18,7 +19,7 @@ def made_table(seed=0, layers=6):
         module = torch.nn.Conv2d(96, 96, 3) if i % 2 else torch.nn.Linear(192, 192)
         hurt = 10.**rng.uniform(-8, -1)
         for j, o in enumerate(menu(module)):
-            rows.append(dict(layer=f'block.{i}.{"conv1" if i % 2 else "to_q"}', kind='other', shape='x'.join(map(str, shape)), option=str(o), bytes=option_bytes(o, shape),
+            rows.append(dict(layer=f'block.{i}.{"conv1" if i % 2 else "to_q"}', kind='other', shape='x'.join(map(str, shape)), option=str(o), bytes=stored_bytes(o, shape),
                              weights=int(np.prod(shape)), damage=0. if o == 'dense' else hurt*4.**-j, model='m'))
     return pd.DataFrame(rows)
 
@@ -56,7 +57,7 @@ def test_price_is_stored_bytes():
     table = made_table()
     choice = allocate(table, bits_to_bytes(table, 2.))
     shapes = table.drop_duplicates('layer').set_index('layer')['shape']
-    want = sum(option_bytes(o, tuple(map(int, shapes[n].split('x')))) for n, o in choice.items())
+    want = sum(stored_bytes(o, tuple(map(int, shapes[n].split('x')))) for n, o in choice.items())
     assert price(table, choice)[0] == want
 
 def test_overrides():
@@ -87,8 +88,7 @@ def test_pattern_without_match():
 @pytest.mark.parametrize('module', [torch.nn.Conv2d(3, 8, 3), torch.nn.Linear(5, 3), torch.nn.Conv2d(8, 4, 1), torch.nn.Linear(512, 512), torch.nn.Conv2d(4, 4, 5)])
 def test_menu_is_a_front(module):
     options, shape = menu(module), tuple(module.weight.shape)
-    sizes = [option_bytes(o, shape) for o in options]
+    sizes = [stored_bytes(o, shape) for o in options]
     assert sizes == sorted(sizes) and 'dense' in options and len(set(map(str, options))) == len(options)
     for o in options:
-        assert parse_option(str(o)) == o
-        if o != 'dense': assert stored_bytes(o, shape) == option_bytes(o, shape)
+        assert parse_scheme(str(o)) == o

@@ -2,6 +2,7 @@
 import os
 import pickle
 import sys
+import warnings
 import zipfile
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -45,7 +46,7 @@ def lightning(path, state, **extra):
 def pair(request, tmp_path_factory):
     model = original(request.param)
     path = lightning(tmp_path_factory.mktemp('ldm')/'model.ckpt', model.state_dict())
-    return request.param, model, path, zoo.load_ldm4(path, request.param, verbose=False)
+    return request.param, model, path, zoo.load_ldm4(path, request.param, progress=False)
 
 
 def noise(cfg, n=2, seed=0): return torch.randn(n, cfg.channels, cfg.image_size, cfg.image_size, generator=generator(seed, 'x'))
@@ -77,16 +78,17 @@ def test_class_embedding_parity(pair):
     assert pipe.class_embedding.null_class == cfg.n_classes - 1
 
 
-def test_sampling_parity(pair):
+@pytest.mark.parametrize('steps, times', [(5, [801, 601, 401, 201, 1]), (7, [995, 853, 711, 569, 427, 285, 143, 1])])
+def test_sampling_parity(pair, steps, times):
     "The whole walk, guided, against a DDIM written from the formula; before decoding, as quantization of latents is not continuous."
     cfg, model, _, pipe = pair
     pipe.set_progress_bar_config(disable=True)
     labels, x = torch.tensor([1, 5]), noise(cfg, seed=1)
     seen = []
-    pipe(labels, 5, 3., latents=x, output_type='latent', callback_on_step_end=lambda p, i, t, kw: seen.append((int(t), kw['latents'])))
-    assert [t for t, _ in seen] == [801, 601, 401, 201, 1]
+    pipe(labels, steps, 3., latents=x, output_type='latent', original_timesteps=True, callback_on_step_end=lambda p, i, t, kw: seen.append((int(t), kw['latents'])))
+    assert [t for t, _ in seen] == times # 7 does not divide 1,000: the original takes 8
     model.first_stage_model.decode, decode = lambda z: z*cfg.scale_factor, model.first_stage_model.decode
-    theirs = model.sample(x, labels, 5, 3.)
+    theirs = model.sample(x, labels, steps, 3.)
     model.first_stage_model.decode = decode
     scale = theirs.abs().max()
     assert (seen[-1][1] - theirs).abs().max() < 1e-4*scale
@@ -126,7 +128,7 @@ def test_yaml_and_dictionary_describe_the_same(pair, tmp_path):
     file.write_text(yaml.safe_dump(dict(model=dict(base_learning_rate=1e-6, target='x.Y', params=params))))
     for config in (file, str(file), yaml.safe_load(file.read_text()), asdict(cfg)):
         assert ldm.ldm_config(config) == cfg
-    other = zoo.load_ldm4(path, file, verbose=False)
+    other = zoo.load_ldm4(path, file, progress=False)
     assert all(a.equal(b) for a, b in zip(pipe.unet.parameters(), other.unet.parameters()))
 
 
@@ -146,7 +148,7 @@ def test_converted_folder(pair, tmp_path, capsys):
     (tmp_path/'empty').mkdir()
     with pytest.raises(ValueError, match='model_index.json'): zoo.load_ldm4(tmp_path/'empty')
     zoo.convert_ldm4(path, tmp_path/'empty', cfg, dtype=torch.float16)
-    assert zoo.load_ldm4(tmp_path/'empty', dtype=torch.float16, verbose=False).unet.dtype == torch.float16
+    assert zoo.load_ldm4(tmp_path/'empty', dtype=torch.float16, progress=False).unet.dtype == torch.float16
     assert sorted(p.name for p in tmp_path.iterdir()) == ['empty', 'new'] # no temporary folder is left
 
 
@@ -168,20 +170,135 @@ def test_running_average(pair, tmp_path):
     with_ema = lightning(tmp_path/'ema.ckpt', state | ema_of(state))
     weight = pipe.unet.conv_in.weight
     for use, factor in ((None, 2), (True, 2), (False, 1)):
-        assert zoo.load_ldm4(with_ema, cfg, use_ema=use, verbose=False).unet.conv_in.weight.equal(weight*factor)
+        assert zoo.load_ldm4(with_ema, cfg, use_ema=use, progress=False).unet.conv_in.weight.equal(weight*factor)
     with pytest.raises(ValueError, match='use_ema=False'): zoo.load_ldm4(path, cfg, use_ema=True)
     part = {k: v for k, v in (state | ema_of(state)).items() if k != 'model_ema.diffusion_modelout2weight'}
     with pytest.raises(ValueError, match='out.2.weight'): zoo.load_ldm4(lightning(tmp_path/'part.ckpt', part), cfg)
 
 
-def test_half_precision_flat_and_old_format(pair, tmp_path):
+def test_nothing_but_averaged_weights(pair, tmp_path):
     cfg, model, _, pipe = pair
-    half = {k: v.half() if v.is_floating_point() and 'alphas' not in k else v for k, v in model.state_dict().items()}
+    state = model.state_dict()
+    only = {k: v for k, v in (state | ema_of(state)).items() if not k.startswith('model.')}
+    path = lightning(tmp_path/'only.ckpt', only)
+    for use in (None, True): assert zoo.load_ldm4(path, cfg, use, progress=False).unet.conv_in.weight.equal(2*pipe.unet.conv_in.weight)
+    with pytest.raises(ValueError, match='averaged weights only'): zoo.load_ldm4(path, cfg, use_ema=False)
+    del only['model_ema.diffusion_modelout2weight']
+    with pytest.raises(ValueError, match='missing model.diffusion_model.out.2.weight'): zoo.load_ldm4(lightning(tmp_path/'part.ckpt', only), cfg)
+
+
+def other_model(state, kind):
+    "What the original's other files look like: KL or a wider VQ first stage, no class table."
+    out = dict(state)
+    if kind == 'kl': del out['first_stage_model.quantize.embedding.weight']
+    if kind == 'vq': out['first_stage_model.quantize.embedding.weight'] = torch.zeros(256, 3)
+    if kind == 'deeper': out['first_stage_model.encoder.down.5.block.0.conv1.weight'] = torch.zeros(3)
+    if kind == 'unconditional': del out['cond_stage_model.embedding.weight']
+    if kind == 'wide': out['model.diffusion_model.input_blocks.0.0.weight'] = torch.zeros(224, 3, 3, 3)
+    return out
+
+
+@pytest.mark.parametrize('kind, says', [('kl', 'first stage: KL'), ('vq', 'first stage: VQ with 256 codewords'), ('deeper', 'factor'), ('wide', 'U-Net: 224 wide'),
+                                        ('unconditional', 'condition: none, described a table of')])
+@pytest.mark.parametrize('use_ema', [None, True, False])
+def test_another_kind_of_model_with_averaged_weights_is_told_its_kind(pair, tmp_path, kind, says, use_ema):
+    cfg, model, *_ = pair
+    state = other_model(model.state_dict(), kind)
+    average = {k: v for k, v in ema_of(state).items() if 'out2weight' not in k} # of another model: names differ
+    path = lightning(tmp_path/'other.ckpt', state | average)
+    with pytest.raises(ValueError, match='not the model described') as e: zoo.load_ldm4(path, cfg, use_ema)
+    assert says in str(e.value) and 'use_ema' not in str(e.value)
+
+
+def test_averages_of_the_first_stage_are_left_alone(pair, tmp_path):
+    cfg, model, _, pipe = pair
+    state = model.state_dict() | {'first_stage_model.model_ema.decay': torch.tensor(.5), 'first_stage_model.model_ema.decoderconv_inweight': torch.zeros(3)}
+    assert zoo.load_ldm4(lightning(tmp_path/'a.ckpt', state), cfg, progress=False).unet.conv_in.weight.equal(pipe.unet.conv_in.weight)
+
+
+@pytest.mark.parametrize('n', [1, 64])
+def test_flipped_bits_are_seen(pair, tmp_path, n):
+    cfg, _, path, _ = pair
+    data = bytearray(path.read_bytes())
+    for i in torch.randint(len(data)//4, len(data)//2, (n,), generator=generator(0, 'flips')).tolist(): data[i] ^= 16
+    (tmp_path/'flipped.ckpt').write_bytes(data)
+    with pytest.raises(ValueError, match='flipped.ckpt is damaged'): zoo.load_ldm4(tmp_path/'flipped.ckpt', cfg)
+
+
+def test_a_flip_anywhere_is_seen_or_does_nothing(tmp_path):
+    "In a tensor, a header, the pickle, the directory: never other numbers, never an error that does not name the file."
+    state = {f'w{i}': torch.randn(40, generator=generator(0, i)) for i in range(5)}
+    data = lightning(tmp_path/'a.ckpt', state).read_bytes()
+    for i in torch.randint(len(data), (150,), generator=generator(0, 'anywhere')).tolist():
+        flipped = bytearray(data)
+        flipped[i] ^= 1 << i % 8
+        (tmp_path/'a.ckpt').write_bytes(flipped)
+        try: got = ldm.read_checkpoint(tmp_path/'a.ckpt')
+        except ValueError as e: assert 'a.ckpt' in str(e), (i, e)
+        else: assert got.keys() == state.keys() and all(got[k].equal(state[k]) for k in state), i
+
+
+def test_a_file_without_checksums_is_read_with_a_warning(pair, tmp_path):
+    cfg, model, _, pipe = pair
+    torch.serialization.set_crc32_options(False)
+    try: path = lightning(tmp_path/'a.ckpt', model.state_dict())
+    finally: torch.serialization.set_crc32_options(True)
+    with pytest.warns(UserWarning, match='without checksums'): got = zoo.load_ldm4(path, cfg, progress=False)
+    assert got.unet.conv_in.weight.equal(pipe.unet.conv_in.weight)
+
+
+def test_another_size_than_the_published_is_remarked(tmp_path, monkeypatch, capsys):
+    "By the default description only; the sha256 is printed in any case."
+    monkeypatch.setattr(zoo, 'ldm_pipeline', lambda state, config, *args: ldm.ldm_pipeline(state, config or SMALL, *args))
+    path = lightning(tmp_path/'model.ckpt', original(SMALL).state_dict())
+    with pytest.warns(UserWarning, match='the published cin256-v2 has 1,827,378,153'): zoo.load_ldm4(path)
+    assert sha256_of(path) in capsys.readouterr().out
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        zoo.load_ldm4(path, SMALL)
+        monkeypatch.setattr(zoo, '_PUBLISHED_BYTES', path.stat().st_size)
+        zoo.load_ldm4(path)
+
+
+def stand_in(monkeypatch, full_name, base=dict):
+    "A class that pickles under another name, as long as the test runs."
+    import types
+    module, name = full_name.rsplit('.', 1)
+    made = type(name, (base,), {'__module__': module})
+    parts = module.split('.')
+    for n in range(1, len(parts) + 1):
+        if '.'.join(parts[:n]) not in sys.modules: monkeypatch.setitem(sys.modules, '.'.join(parts[:n]), types.ModuleType('.'.join(parts[:n])))
+    monkeypatch.setattr(sys.modules[module], name, made, raising=False)
+    return made
+
+
+def test_settings_of_lightning_and_omegaconf_are_passed_over(pair, tmp_path, monkeypatch):
+    from collections import defaultdict
+    from typing import Any
+    cfg, model, _, pipe = pair
+    with monkeypatch.context() as patch:
+        made = {n: stand_in(patch, f'omegaconf.{n}', object) for n in ('dictconfig.DictConfig', 'listconfig.ListConfig', 'base.ContainerMetadata', 'nodes.AnyNode')}
+        config, items, meta, node = (o() for o in made.values())
+        meta.__dict__ = dict(ref_type=Any, object_type=dict, key_type=list, resolver_cache=defaultdict(dict, a={'x': 1}))
+        node.__dict__, items.__dict__ = dict(_val=3, _metadata=meta), dict(_content=[node, node], _metadata=meta)
+        config.__dict__ = dict(_content={'lr': node, 'list': items}, _metadata=meta, _parent=None)
+        settings = stand_in(patch, 'pytorch_lightning.utilities.parsing.AttributeDict')(lr=.1, config=config, nested={'a': [1]})
+        path = lightning(tmp_path/'a.ckpt', model.state_dict(), hyper_parameters=settings)
+    assert not [o for o in sys.modules if o.startswith(('omegaconf', 'pytorch_lightning'))]
+    assert zoo.load_ldm4(path, cfg, progress=False).unet.conv_in.weight.equal(pipe.unet.conv_in.weight)
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_half_precision_flat_and_old_format(pair, tmp_path, dtype):
+    "A copy of another precision, schedule included, in either of torch's formats."
+    cfg, model, _, pipe = pair
+    half = {k: v.to(dtype) if v.is_floating_point() else v for k, v in model.state_dict().items()}
+    assert half['alphas_cumprod'].dtype == dtype
     torch.save(half, tmp_path/'flat.pt')
     torch.save({'state_dict': half}, tmp_path/'old.pt', _use_new_zipfile_serialization=False)
     for name in ('flat.pt', 'old.pt'):
-        got = zoo.load_ldm4(tmp_path/name, cfg, verbose=False).unet
-        assert got.dtype == torch.float32 and torch.allclose(got.conv_in.weight, pipe.unet.conv_in.weight, atol=1e-2)
+        got = zoo.load_ldm4(tmp_path/name, cfg, progress=False).unet
+        assert got.dtype == torch.float32 and torch.allclose(got.conv_in.weight, pipe.unet.conv_in.weight, rtol=torch.finfo(dtype).eps, atol=0)
 
 
 class ModelCheckpoint:
@@ -200,7 +317,7 @@ def test_lightning_callback_and_numpy_state(pair, tmp_path, monkeypatch):
     path = lightning(tmp_path/'callback.ckpt', model.state_dict(), callbacks={ModelCheckpoint: {'best_model_score': np.float64(.5), 'dirpath': '/x'}})
     for name in list(sys.modules):
         if name.startswith('pytorch_lightning'): monkeypatch.delitem(sys.modules, name)
-    got = zoo.load_ldm4(path, cfg, verbose=False)
+    got = zoo.load_ldm4(path, cfg, progress=False)
     assert got.unet.conv_in.weight.equal(pipe.unet.conv_in.weight)
 
 
@@ -231,11 +348,15 @@ def test_truncated(pair, keep, tmp_path):
     with pytest.raises(ValueError, match=r'cut\.ckpt is truncated'): zoo.load_ldm4(tmp_path/'cut.ckpt', cfg)
 
 
+@pytest.mark.parametrize('data, says', [(b'<!DOCTYPE html><html>404 not found</html>', 'a web page'), (b'', 'an empty file'), (b'abc', 'text'),
+    (b'\0\1\2', 'something else'), (b'version https://git-lfs.github.com/spec/v1\noid sha256:1', "git's pointer"), (b'\x1f\x8b\x08', 'a gzip'),
+    (b'\x80\0\0\0\0\0\0\0{"a": 1}'.replace(b'\x80', b'\x08', 1), 'a safetensors file')])
+def test_what_is_no_checkpoint_is_named(tmp_path, data, says):
+    (tmp_path/'file.ckpt').write_bytes(data)
+    with pytest.raises(ValueError, match='file.ckpt is no checkpoint, it looks like ' + says): zoo.load_ldm4(tmp_path/'file.ckpt', SMALL)
+
+
 def test_not_a_checkpoint(tmp_path):
-    cases = {'text.ckpt': b'<html>404 not found</html>', 'empty.ckpt': b''}
-    for name, data in cases.items():
-        (tmp_path/name).write_bytes(data)
-        with pytest.raises(ValueError, match=name): zoo.load_ldm4(tmp_path/name, SMALL)
     with zipfile.ZipFile(tmp_path/'zip.ckpt', 'w') as z: z.writestr('readme.txt', 'hello')
     with pytest.raises(ValueError, match='zip.ckpt'): zoo.load_ldm4(tmp_path/'zip.ckpt', SMALL)
     torch.save([torch.zeros(2)], tmp_path/'list.ckpt')
@@ -270,7 +391,8 @@ def test_labels_out_of_range(pair):
 
 
 @pytest.mark.parametrize('config, message', [(dict(width=3), 'unknown field'), (dict(channel_mult=(2, 4)), 'first factor of 1'), (5, 'expected LDMConfig'),
-    (dict(num_heads=2, num_head_channels=8), 'exactly one'), (dict(model={}), 'not the YAML'), ('nowhere.yaml', 'cannot be read')])
+    (dict(num_heads=2, num_head_channels=8), 'exactly one'),
+    (dict(model=dict(params=dict(unet_config={'params': {}}, first_stage_config={'params': {}}, cond_stage_config='__is_unconditional__'))), 'not conditioned on a class'), (dict(model={}), 'not the YAML'), ('nowhere.yaml', 'cannot be read')])
 def test_bad_config(config, message):
     with pytest.raises((ValueError, TypeError), match=message): ldm.ldm_config(config)
 

@@ -64,7 +64,7 @@ def pair(request, theirs, tmp_path_factory):
         else: p.data = torch.randn(p.shape, generator=g)*.2 + (1 if name.endswith('weight') else 0)
     schedule = {k: v for k, v in LatentDiffusion(c).state_dict().items() if k in ldm.SCHEDULE_KEYS}
     torch.save({'state_dict': model.state_dict() | schedule}, path)
-    return c, model, schedule, zoo.load_ldm4(path, c, verbose=False)
+    return c, model, schedule, zoo.load_ldm4(path, c, progress=False)
 
 
 def noise(c): return torch.randn(2, c.channels, c.image_size, c.image_size, generator=generator(1, 'x'))
@@ -84,17 +84,17 @@ def test_networks(pair):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize('guidance', [1., 3.])
-def test_sampler(pair, theirs, guidance):
-    "20 steps of their DDIM sampler, guided, with their decoder."
+@pytest.mark.parametrize('guidance, steps', [(1., 20), (3., 20), (3., 30), (3., 15)])
+def test_sampler(pair, theirs, guidance, steps):
+    "Their DDIM sampler, guided, with their decoder; 30 and 15 do not divide 1,000, and it takes 31 and 16 steps."
     c, model, schedule, pipe = pair
     labels, x, embed = torch.tensor([1, 5]), noise(c), model.cond_stage_model.embedding
     diffusion = SimpleNamespace(num_timesteps=c.timesteps, device=torch.device('cpu'), **schedule, apply_model=lambda x, t, cond: model.model.diffusion_model(x, t, context=cond))
-    latents, _ = theirs.DDIMSampler(diffusion).sample(S=20, batch_size=2, shape=x.shape[1:], conditioning=embed(labels[:, None]), eta=0., x_T=x, verbose=False,
+    latents, _ = theirs.DDIMSampler(diffusion).sample(S=steps, batch_size=2, shape=x.shape[1:], conditioning=embed(labels[:, None]), eta=0., x_T=x, progress=False,
         unconditional_guidance_scale=guidance, unconditional_conditioning=embed(torch.full((2, 1), c.n_classes - 1)))
     image = (model.first_stage_model.decode(latents/c.scale_factor)/2 + .5).clamp(0, 1)
     pipe.set_progress_bar_config(disable=True)
-    assert (pipe(labels, 20, guidance, latents=x, output_type='pt').images - image).abs().max() < 1e-4
+    assert (pipe(labels, steps, guidance, latents=x, output_type='pt', original_timesteps=True).images - image).abs().max() < 1e-4
 
 
 def test_running_average(pair, theirs, tmp_path):
@@ -106,8 +106,8 @@ def test_running_average(pair, theirs, tmp_path):
     state = model.state_dict() | schedule | {f'model_ema.{k}': v for k, v in ema.state_dict().items()}
     torch.save({'state_dict': state}, tmp_path/'ema.ckpt')
     weight = model.model.diffusion_model.input_blocks[0][0].weight
-    assert zoo.load_ldm4(tmp_path/'ema.ckpt', c, verbose=False).unet.conv_in.weight.equal(2*weight)
-    assert zoo.load_ldm4(tmp_path/'ema.ckpt', c, use_ema=False, verbose=False).unet.conv_in.weight.equal(weight)
+    assert zoo.load_ldm4(tmp_path/'ema.ckpt', c, progress=False).unet.conv_in.weight.equal(2*weight)
+    assert zoo.load_ldm4(tmp_path/'ema.ckpt', c, use_ema=False, progress=False).unet.conv_in.weight.equal(weight)
 
 
 def test_names_and_shapes_at_full_size(theirs):

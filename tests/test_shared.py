@@ -6,15 +6,20 @@ import pandas as pd
 import pytest
 import torch
 
-from aquatic_nb.aq import Scheme, codebook_bytes
+from aquatic_nb.aq import Scheme, codebook_bytes, stored_bytes
 from aquatic_nb.encode import encode_rows, share_codebooks
 from aquatic_nb.calib import calibration_batches
 from aquatic_nb.hub import attach, load_quantized, save_quantized
 from aquatic_nb.kaq import natural_group_size, packable
-from aquatic_nb.laq import ANCHORS, allocate, bits_to_bytes, effective_bits, menu, option_bytes, price, sensitivity, share_sets, shared_menu
+from aquatic_nb.knapsack import allocate, bits_to_bytes, price
+from aquatic_nb.laq import SHARED_ANCHORS, sensitivity
 from aquatic_nb.layers import packed_layers, stored_sizes
-from aquatic_nb.quant import WorkDir, encode_model, pack, quant_report, quantize_unet
-from aquatic_nb.semi_pv import SeMIPV, close_layers, open_layers, param_groups
+from aquatic_nb.menu import effective_bits, menu, share_sets, shared_menu
+from aquatic_nb.core import Run
+from aquatic_nb.pack import WorkDir, encode_model, pack, quant_report
+from aquatic_nb.quant import quantize_unet
+from aquatic_nb.semi_pv import SeMIPV, param_groups
+from aquatic_nb.tune.layers import close_layers, open_layers, opened_layers
 from packed_models import conditional
 
 @pytest.fixture(scope='module')
@@ -31,7 +36,7 @@ def schemes_of(dense):
 
 def packed(dense, batches, **kw):
     model, schemes = copy.deepcopy(dense), schemes_of(dense)
-    pack(model, encode_model(model, schemes, batches, kw.pop('work', WorkDir(None, '')), dict(beam=2, sweeps=1), show=False, **kw))
+    pack(model, encode_model(model, schemes, batches, dict(beam=2, sweeps=1), run=Run(progress=False), **kw))
     return model, schemes
 
 @pytest.fixture(scope='module')
@@ -58,7 +63,7 @@ def test_the_table_does_not_depend_on_threads(dense, batches):
     try:
         for n in (1, 2):
             torch.set_num_threads(n)
-            found.append(sensitivity(dense, batches, cheap=True, workers=n, show=False))
+            found.append(sensitivity(dense, batches, cheap=True, workers=n, progress=False))
     finally: torch.set_num_threads(before)
     assert found[0].equals(found[1])
 
@@ -94,7 +99,7 @@ def test_resumes_with_the_same_codebooks(dense, batches, model, tmp_path):
 
 def test_gradients_add_up_and_stay_one(model):
     unet = open_layers(copy.deepcopy(model[0]))
-    layers = {n: m for n, m in unet.items() if len(m.together) > 1}
+    layers = {n: m for n, m in opened_layers(unet).items() if len(m.together) > 1}
     first = next(iter(layers.values()))
     for m in first.together: m.weight.grad = torch.randn(m.weight.shape, generator=torch.Generator().manual_seed(1))
     for m in first.together: m.pull_grads()
@@ -114,7 +119,7 @@ def test_gradients_add_up_and_stay_one(model):
 def test_tuning_keeps_them_together(model, selector):
     unet = copy.deepcopy(model[0])
     before = {n: layer.weight.clone() for n, layer in packed_layers(unet).items()}
-    layers = open_layers(unet)
+    layers = opened_layers(open_layers(unet))
     optimizer = SeMIPV(param_groups(unet, lr=.2, code_lr=.3), layers, selector=selector, code_every=1, code_fraction=.5, trust_ratio=.9)
     seen = [id(p) for g in optimizer.param_groups for p in g['params']]
     assert len(seen) == len(set(seen))
@@ -133,7 +138,7 @@ def test_tuning_keeps_them_together(model, selector):
     attach(unet, bits=3)
 
 def test_allocation_pays_once_and_resumes(dense, batches, tmp_path):
-    keys = dict(show=False, held_out=1, workers=1)
+    keys = dict(progress=False, held_out=1, workers=1)
     names = sum((v for k, v in share_sets(packable(dense)).items()), [])[:9]
     table = sensitivity(dense, batches, names=names, **keys)
     part = sensitivity(dense, batches, names=names, work_dir=tmp_path, **keys)
@@ -152,12 +157,12 @@ def test_allocation_pays_once_and_resumes(dense, batches, tmp_path):
     assert shared and price(table, choice)[0] <= budget
     own = sum(price(table, {n: o})[0] for n, o in choice.items())
     assert own - price(table, choice)[0] == sum(codebook_bytes(o)*(sum(c == o for c in choice.values()) - 1) for o in shared)
-    assert {(o.n_codebooks, o.codebook_bits) for o in shared_menu('self v', 8)} >= set(ANCHORS)
+    assert {(o.n_codebooks, o.codebook_bits) for o in shared_menu('self v', 8)} >= set(SHARED_ANCHORS)
 
 def test_sharing_has_to_earn_its_keep():
     "A promise below `share_gain` is not taken; one above it is; and whatever is chosen fits the budget."
     layers = {f'down_blocks.0.attentions.{i}.transformer_blocks.0.attn1.to_q': torch.nn.Linear(64, 64) for i in range(6)}
-    rows = [dict(layer=n, kind='self q/k', shape='64x64', option=str(o), bytes=option_bytes(o, (64, 64)), weights=4096, model='m',
+    rows = [dict(layer=n, kind='self q/k', shape='64x64', option=str(o), bytes=stored_bytes(o, (64, 64)), weights=4096, model='m',
                  damage=0. if o == 'dense' else 4.**(-effective_bits(o)/8))
             for n, m in layers.items() for o in menu(m) + shared_menu('self q/k', 8)]
     table = pd.DataFrame(rows)

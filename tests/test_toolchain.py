@@ -5,48 +5,88 @@ import pytest
 
 root = Path(__file__).resolve().parents[1]
 lib, nbs = root/'aquatic_nb', root/'nbs'
-numbered = sorted(o for o in nbs.glob('*.ipynb') if re.match(r'\d', o.name))
 books = sorted(o for o in nbs.rglob('*.ipynb') if not any(p[0] in '._' for p in o.relative_to(nbs).parts))
-modules = sorted(o.stem for o in lib.glob('*.py') if not o.stem.startswith('_'))
+numbered = sorted((o for o in books if re.match(r'\d', o.name)), key=lambda o: int(o.name.split('_')[0]))
+module_of = lambda path: '.'.join(path.relative_to(lib).with_suffix('').parts)
+modules = sorted(module_of(o) for o in lib.rglob('*.py') if not o.stem.startswith('_'))
 name_of = lambda nb: re.sub(r'^\d+[a-z]?_', '', nb.stem)
-order = {name_of(o): i for i, o in enumerate(numbered)}
-KERNELS = {'cpu', 'cuda'}
 
 def cells(nb, kind='code'):
     return [''.join(c['source']) for c in json.loads(nb.read_text(encoding='utf-8'))['cells'] if c['cell_type'] == kind]
 
 def exported(nb): return [o for o in cells(nb) if re.search(r'^#\|\s*exports?\b', o, re.M)]
 
+def exports(nb):
+    "The module that a notebook writes, or None."
+    found = re.search(r'#\|\s*default_exp\s+(\S+)', '\n'.join(cells(nb)))
+    return found and found[1]
+
+order = {exports(o): i for i, o in enumerate(numbered) if exports(o)}
+
 def test_every_module_has_its_notebook():
-    made = {re.search(r'#\|\s*default_exp\s+(\S+)', '\n'.join(cells(o)))[1]: o for o in numbered if '#| default_exp' in '\n'.join(cells(o))}
-    assert sorted(made) == modules
-    assert {n: name_of(o) for n, o in made.items()} == {n: n for n in made}, 'a module is named like its notebook'
-
-def test_no_two_notebooks_share_a_number():
-    numbers = [o.name.split('_')[0] for o in numbered]
-    assert len(numbers) == len(set(numbers)), numbers
-
-def test_lower_numbers_only():
+    assert sorted(order) == modules
     for nb in numbered:
-        tree = ast.parse((lib/f'{name_of(nb)}.py').read_text(encoding='utf-8')) if (lib/f'{name_of(nb)}.py').exists() else ast.parse('')
-        for node in ast.walk(tree):
-            if not isinstance(node, ast.ImportFrom): continue
-            used = [node.module or ''] if node.module else [o.name for o in node.names]
-            for name in (o.removeprefix('aquatic_nb.').split('.')[0] for o in used if node.level or o.startswith('aquatic_nb.')):
-                assert name not in order or order[name] < order[name_of(nb)], f'{nb.name} imports {name}, which comes later'
+        if exports(nb): assert exports(nb).rpartition('.')[2] in (name_of(nb), name_of(nb).removesuffix('ned') + 'layers', 'layers'), nb.name
+
+def test_numbers_go_up_through_the_parts():
+    numbers = [int(o.name.split('_')[0]) for o in numbered]
+    assert len(numbers) == len(set(numbers)), numbers
+    parts = [o.relative_to(nbs).parts[0] for o in numbered if o.parent != nbs]
+    assert parts == sorted(parts), 'the number of a notebook and that of its part tell one order'
+
+def rooms_named(tree, package):
+    "Rooms of ours that code imports: by `import`, by `from`, and by text given to `import_module` or `__import__`."
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import): yield from ((node, o.name) for o in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[:len(package) - node.level + 1] if node.level else []
+            module = '.'.join([*base, *([node.module] if node.module else [])])
+            yield node, module
+            yield from ((node, f'{module}.{o.name}') for o in node.names)
+        elif isinstance(node, ast.Call) and getattr(node.func, 'id', getattr(node.func, 'attr', '')) in ('import_module', '__import__'):
+            for a in node.args:
+                if isinstance(a, ast.Constant) and isinstance(a.value, str): yield node, a.value
+                elif isinstance(a, ast.JoinedStr): yield node, ''.join(str(getattr(o, 'value', '*')) if isinstance(o, ast.Constant) else '*' for o in a.values)
+
+def test_a_room_imports_lower_rooms_plainly():
+    wrong = []
+    for name in modules:
+        path = lib.joinpath(*name.split('.')).with_suffix('.py')
+        tree = ast.parse(path.read_text(encoding='utf-8'))
+        for node, used in rooms_named(tree, ['aquatic_nb', *name.split('.')[:-1]]):
+            if not used.startswith('aquatic_nb.'): continue
+            room = used.removeprefix('aquatic_nb.')
+            room = room if room in order else room.rpartition('.')[0]
+            if isinstance(node, ast.Call): wrong.append(f'{name}:{node.lineno} names {used} in a string')
+            elif room in order and order[room] >= order[name]: wrong.append(f'{name} imports {room}, which comes later')
+            elif room in order and node not in tree.body: wrong.append(f'{name}:{node.lineno} imports {room} late')
+    assert not wrong, '\n'.join(wrong)
+
+KERNELS = ('kernels.', 'cpu', 'cuda')
 
 def test_exported_cells_are_short():
     long = []
     for nb in numbered:
         for src in exported(nb):
             lines = [l for l in src.splitlines() if l.strip() and not l.startswith('#|')]
-            most = 60 if name_of(nb) in KERNELS or '@njit' in src else 40
-            if len(lines) > most: long.append(f'{nb.name}: {len(lines)} lines: {lines[0][:60]}')
+            code = [l for l in lines if not re.match(r'\s*(from|import) ', l)]
+            most = 45 if (exports(nb) or '').startswith(KERNELS) or '@njit' in src else 40
+            if len(code) > most: long.append(f'{nb.name}: {len(lines)} lines: {lines[0][:60]}')
     assert not long, '\n'.join(long)
+
+def test_lines_are_short():
+    long = [f'{nb.name}: {l.strip()[:90]}' for nb in numbered for src in exported(nb) for l in src.splitlines() if len(l) > 110]
+    assert not long, '\n'.join(long)
+
+def test_no_room_is_larger_than_the_others_together():
+    "No module holds more than 8% of the library's lines."
+    size = {n: len(lib.joinpath(*n.split('.')).with_suffix('.py').read_text(encoding='utf-8').splitlines()) for n in modules}
+    large = {n: s for n, s in size.items() if s > .08*sum(size.values())}
+    assert not large, large
 
 def test_no_loose_ends_in_the_library():
     found = []
-    for o in lib.glob('*.py'):
+    for o in lib.rglob('*.py'):
         for i, line in enumerate(o.read_text(encoding='utf-8').splitlines(), 1):
             if re.search(r'\b(TODO|FIXME|XXX)\b|raise NotImplementedError|\bpass\s+#|^\s*from \S+ import \*', line): found.append(f'{o.name}:{i}: {line.strip()}')
             if o.stem != '_modidx' and re.search(r'[\u0370-\u03ff]', re.sub(r'#.*|"[^"]*"|\'[^\']*\'', '', line)): found.append(f'{o.name}:{i}: Greek identifier')

@@ -31,7 +31,8 @@ def pages():
     "Sources of the site's pages below nbs/, in reading order: the index first."
     found = [o.relative_to(nbs) for o in sorted(nbs.rglob('*')) if o.suffix in ('.ipynb', '.qmd') and o.is_file()]
     found = [o for o in found if not any(p[0] in '._' for p in o.parts)]
-    return sorted(found, key=lambda o: (o.stem != 'index' or len(o.parts) > 1, len(o.parts) > 1, str(o)))
+    number = lambda o: int(o.stem.split('_')[0]) if re.match(r'\d', o.stem) else 10**6
+    return sorted(found, key=lambda o: (o.stem != 'index' or len(o.parts) > 1, number(o), str(o)))
 
 def page_name(src):
     "Where a source ends up: numbers leave, as in nbdev's own links (`03_core.ipynb` -> `core.html`)."
@@ -47,16 +48,20 @@ def title(src):
     found = re.search(r'^#\s+(.+)$', text, re.M) or re.search(r'^title:\s*"?(.+?)"?\s*$', text, re.M)
     return found[1].strip() if found else src.stem
 
+def part_title(folder):
+    "The name of a part of the book, after its folder: `03_encoder` -> `3 · Encoder`; other folders as they are."
+    number, _, name = folder.partition('_')
+    return f'{int(number)} · {name.capitalize()}' if number.isdigit() else folder.capitalize()
+
 def sidebar():
-    "The contents of sidebar.yml: landing page, the numbered notebooks, each subfolder as a section, the reference."
-    entry = lambda o: {'text': title(o), 'href': str(o)}
-    numbered = [o for o in pages() if len(o.parts) == 1 and re.match(r'\d', o.stem)]
-    other = [o for o in pages() if len(o.parts) == 1 and not re.match(r'\d', o.stem) and o.stem not in ('index', 'api')]
-    book = [{'text': f'{o.stem.split("_")[0]} · {title(o)}', 'href': str(o)} for o in numbered]
-    contents = [{'text': 'Start here', 'href': 'index.ipynb'}, {'section': 'The book', 'contents': book}]
+    "The contents of sidebar.yml: landing page, the tour, the parts of the book as the folders show them, tutorials, the reference."
+    def entry(o): return {'text': f'{o.stem.split("_")[0]} · {title(o)}' if re.match(r'\d', o.stem) else title(o), 'href': str(o)}
+    top = [o for o in pages() if len(o.parts) == 1]
+    contents = [{'text': 'Start here', 'href': 'index.ipynb'}, *map(entry, (o for o in top if re.match(r'\d', o.stem)))]
     for folder in sorted({o.parts[0] for o in pages() if len(o.parts) > 1}):
-        contents.append({'section': folder.capitalize(), 'contents': [entry(o) for o in pages() if o.parts[0] == folder and len(o.parts) > 1]})
-    contents.append({'section': 'Reference', 'contents': [entry(o) for o in other] + [{'text': 'All functions and classes', 'href': 'api.qmd'}]})
+        contents.append({'section': part_title(folder), 'contents': [entry(o) for o in pages() if o.parts[0] == folder and len(o.parts) > 1]})
+    other = [entry(o) for o in top if not re.match(r'\d', o.stem) and o.stem not in ('index', 'api')]
+    contents.append({'section': 'Reference', 'contents': other + [{'text': 'All functions and classes', 'href': 'api.qmd'}]})
     return yaml.safe_dump({'website': {'sidebar': {'style': 'floating', 'search': False, 'contents': contents}}}, sort_keys=False, allow_unicode=True)
 
 # ---- what a documented symbol looks like
@@ -213,15 +218,17 @@ def api_page(cache):
     "One line for every public function and class of every module, linked to where it is explained; stops where one is not."
     lines = ['---', 'title: All functions and classes', 'subtitle: "Every public function and class, by module, linked to its parameters, shapes and errors"', '---', '']
     silent = []
-    for nb in [o for o in pages() if re.match(r'\d', o.stem) and len(o.parts) == 1]:
-        name = re.sub(r'^\d+[a-z]?_', '', nb.stem)
-        if not (root/'aquatic_nb'/f'{name}.py').exists(): continue
+    for nb in [o for o in pages() if re.match(r'\d', o.stem)]:
+        cells = [''.join(c['source']) for c in json.loads((nbs/nb).read_text(encoding='utf-8'))['cells'] if c['cell_type'] == 'code']
+        found = re.search(r'#\|\s*default_exp\s+(\S+)', '\n'.join(cells))
+        if not found: continue
+        name = found[1]
         mod = importlib.import_module(f'aquatic_nb.{name}')
-        lines += [f'## aquatic_nb.{name}', '', f'[{title(nb)}]({nb.name})' + (f': {cell_text(mod.__doc__.strip())}' if mod.__doc__ else ''), '', '::: {.api}', '', '| | |', '|---|---|']
+        lines += [f'## aquatic_nb.{name}', '', f'[{title(nb)}]({nb})' + (f': {cell_text(mod.__doc__.strip())}' if mod.__doc__ else ''), '', '::: {.api}', '', '| | |', '|---|---|']
         headings = explained(cache, nb)
         for sym in mod.__all__:
             doc = (docstring(getattr(mod, sym)) or '').strip() if callable(getattr(mod, sym, None)) else ''
-            if sym in headings: lines.append(f"| [`{sym}`]({nb.name}#{anchor(sym)}) | {cell_text(doc.splitlines()[0]) if doc else ''} |")
+            if sym in headings: lines.append(f"| [`{sym}`]({nb}#{anchor(sym)}) | {cell_text(doc.splitlines()[0]) if doc else ''} |")
             elif isinstance(getattr(mod, sym), (type, types.FunctionType)) and getattr(mod, sym).__module__ == mod.__name__: silent.append(f'{name}.{sym}')
         lines += ['', ':::', '']
     if silent: raise SystemExit(f'docs: without an entry in the reference: {", ".join(silent)}')

@@ -131,12 +131,12 @@ def ldm_scheduler() -> DDIMScheduler:
     return DDIMScheduler(beta_schedule='scaled_linear', beta_start=.0015, beta_end=.0195, clip_sample=False,
                          set_alpha_to_one=False, steps_offset=1, timestep_spacing='leading')
 
-# %% ../../nbs/02_models/05_pipeline.ipynb #d9e6cb3f
+# %% ../../nbs/02_models/05_pipeline.ipynb #5840ae33
 def ldm_timesteps(
     steps:int,            # S, what the original sampler is asked for
     train_steps:int=1000, # times that the model was trained with
 ) -> Tensor: # int64, from the noisiest down; more than S where S does not divide `train_steps`
-    "The original sampler's times, `make_ddim_timesteps('uniform')`; ValueError where it runs past the last one."
+    "Times of the original sampler, `make_ddim_timesteps('uniform')`; ValueError where it runs past the last."
     times = torch.arange(0, train_steps, train_steps//steps) + 1
     if times[-1] >= train_steps:
         raise ValueError(f"num_inference_steps: for {steps} the original sampler asks for time "
@@ -170,6 +170,7 @@ class _Steps(SchedulerSteps):
 class ClassConditionalLDMPipeline(DiffusionPipeline):
     "Latent diffusion conditioned on a class label, with guidance: LDM-4 and models of its anatomy."
     model_cpu_offload_seq = 'class_embedding->unet->vae'
+    source_sha256 = '' # of the file that the weights were read from, where that is known
 
     def __init__(self,
         unet:UNet2DConditionModel, # predicts the noise
@@ -193,7 +194,7 @@ class ClassConditionalLDMPipeline(DiffusionPipeline):
     def decode(self, latents:Tensor) -> Tensor:
         return decode_latents(self.vae, latents, self.config.latents_mean, self.config.latents_std)
 
-# %% ../../nbs/02_models/05_pipeline.ipynb #92ff2c3a
+# %% ../../nbs/02_models/05_pipeline.ipynb #a54b8fd7
 @patch
 def _walk(self:ClassConditionalLDMPipeline, labels, noise, steps, guidance_scale):
     "From noise to clean latents, with a progress bar."
@@ -205,7 +206,7 @@ def _walk(self:ClassConditionalLDMPipeline, labels, noise, steps, guidance_scale
         for _, latents in walk(self.unet, steps, latents, told, null, guidance_scale): bar.update()
     return latents
 
-# %% ../../nbs/02_models/05_pipeline.ipynb #4d224f3e
+# %% ../../nbs/02_models/05_pipeline.ipynb #cb656b04
 @patch
 @torch.no_grad()
 def __call__(self:ClassConditionalLDMPipeline,
