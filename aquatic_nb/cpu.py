@@ -60,7 +60,7 @@ def _pack(layer):
     if books is None: books = uniform_codebook(s).numpy()
     return Packed(low, high, s.codebook_bits, shape, books, scales, bias, type(layer).__name__)
 
-# %% ../nbs/10_kernels/30_cpu.ipynb #b34cc51d
+# %% ../nbs/10_kernels/30_cpu.ipynb #70b2b239
 class _View:
     "What is kept beside a layer for as long as its tensors stay as they are."
     __slots__ = 'stamp', 'packed', 'runs', 'weight', 'served'
@@ -79,8 +79,9 @@ def _view(layer):
     if old is not None and old[1].stamp == stamp: return old[1]
     new, key = _View(stamp, _pack(layer)), id(layer)
     ref = weakref.ref(layer, lambda r: _views.pop(key, None))   # before another layer can have this id
-    with _lock: _views[key] = ref, new
-    return new
+    with _lock:
+        if _views.get(key) is old: _views[key] = ref, new        # else another thread was here
+        return _views[key][1]
 
 def _all_views():
     "Layers that are alive, and their views."
@@ -119,7 +120,7 @@ def why_not_cpu(
     if torch.is_grad_enabled() and _wants_grad(layer, x): return 'gradients are wanted'
     if x.numel() == 0: return 'empty input'
 
-# %% ../nbs/10_kernels/30_cpu.ipynb #61b4406d
+# %% ../nbs/10_kernels/30_cpu.ipynb #f2cb4627
 def _geometry(layer):
     "What the kernels' geometry depends on, beside the weight's shape."
     if isinstance(layer, AQLinear): return None
@@ -259,9 +260,16 @@ def _run_lut(layer, view, x):
     if line: return y.T.reshape(*x.shape[:-1], p.O)
     return y.reshape(p.O, len(x), *x.shape[2:]).transpose(0, 1).contiguous()
 
-# %% ../nbs/10_kernels/30_cpu.ipynb #5f5ae5e7
+# %% ../nbs/10_kernels/30_cpu.ipynb #49651f34
 _policy = weakref.WeakKeyDictionary()   # layer -> 'int8', 'fp32', 'bf16', or 'none'; absent: as measured
-_SIZES = dict(int8=1, bf16=2, fp32=4)
+_keeping = threading.RLock()            # one at a time looks at the room that is left and takes it
+
+def _size(layer, kind):
+    "Bytes of a kept weight."
+    O, N, w = layer.weight_shape[0], math.prod(layer.weight_shape[1:]), width()
+    if kind != 'int8': return dict(bf16=2, fp32=4)[kind]*O*N
+    block = w.lanes*w.panels
+    return -(-O//block)*block*(-(-N//4)*4)
 
 def _totals():
     "Bytes that are kept, and bytes that all layers seen so far would take dense."
@@ -281,7 +289,7 @@ def _exact(layer):
     low, high = reach(p)
     return p.books.dtype == np.int8 and -128 <= low and high <= 127
 
-# %% ../nbs/10_kernels/30_cpu.ipynb #42f2c623
+# %% ../nbs/10_kernels/30_cpu.ipynb #c68477dd
 def _make_weight(layer, view, kind):
     "The dense weight in one of the forms that can be kept."
     p, N = view.packed, math.prod(layer.weight_shape[1:])
@@ -292,10 +300,11 @@ def _make_weight(layer, view, kind):
 def _keep(layer, view):
     "Keep a weight if there is room, whole numbers if they are exact; None where there is none."
     kind = _policy.get(layer) or ('int8' if _exact(layer) else 'fp32')
-    if kind == 'none': return None
-    free = cache_budget() - _totals()[0] if layer not in _policy else math.inf
-    if _SIZES[kind]*math.prod(layer.weight_shape) <= free: view.weight = _make_weight(layer, view, kind)
-    return view.weight
+    with _keeping:
+        if view.weight is not None or kind == 'none': return view.weight
+        free = cache_budget() - _totals()[0] if layer not in _policy else math.inf
+        if _size(layer, kind) <= free: view.weight = _make_weight(layer, view, kind)
+        return view.weight
 
 def _kept(layer, view):
     "The kept weight, laid out for the width in use."
@@ -307,16 +316,18 @@ def _kept(layer, view):
 def _upgrade(layer, view, x):
     "Turn whole numbers into float32 if there is room for that, and a gain."
     if layer in _policy or not isinstance(view.weight, Bytes) or not (measuring() and _timed(layer, x).fp32): return
-    if 3*math.prod(layer.weight_shape) <= cache_budget() - _totals()[0]: view.weight = _make_weight(layer, view, 'fp32')
+    with _keeping:
+        more = _size(layer, 'fp32') - view.weight.nbytes
+        if more <= cache_budget() - _totals()[0]: view.weight = _make_weight(layer, view, 'fp32')
 
-# %% ../nbs/10_kernels/30_cpu.ipynb #ddda5cf4
+# %% ../nbs/10_kernels/30_cpu.ipynb #79bada29
 def _why_not_kept(layer, x):
     "Why no weight can be kept for a layer; None when one can."
     if _policy.get(layer) == 'none': return 'its weight is not to be kept; see set_weight_cache'
     if any([t is not None and t.is_inference() for t in layer._parameters.values()]):
         return 'its tensors were made in inference mode: their changes cannot be seen'
     if layer in _policy or _view(layer).weight is not None: return None
-    size = (1 if _exact(layer) else 4)*math.prod(layer.weight_shape)
+    size = _size(layer, 'int8' if _exact(layer) else 'fp32')
     free = cache_budget() - _totals()[0]
     if size > free: return f'{size} bytes to keep, {max(free, 0)} of {cache_budget()} left'
 
@@ -333,7 +344,7 @@ def _run_cached(layer, view, x):
     if view.served in (2, 3): _upgrade(layer, view, x)
     return _run_kept(layer, view.packed, weight, x)
 
-# %% ../nbs/10_kernels/30_cpu.ipynb #33a13ac4
+# %% ../nbs/10_kernels/30_cpu.ipynb #4b7a3a85
 def _padding(layer):
     "Zero padding as two numbers, or None where it is something else."
     if layer.padding_mode != 'zeros' or layer.groups != 1 or layer.padding == 'same' and not all(k % 2 for k in layer.kernel_size):
@@ -381,7 +392,7 @@ _register('few', _own_few, _run_line(linear_few), 40)
 _register('int8', _own_int8, _run_int8, 50, takes_raw=True)
 _register('lut', _own_lut, _run_lut, 5)
 
-# %% ../nbs/10_kernels/30_cpu.ipynb #fcc83d69
+# %% ../nbs/10_kernels/30_cpu.ipynb #463e2779
 _said, _tables, _chosen, _clock = set(), {}, {}, threading.RLock()
 
 def _say(text):
@@ -409,7 +420,7 @@ def choices_path(
     name = '-'.join(''.join(c if c.isalnum() else '_' for c in h[k]) for k in ('cpu', 'width', 'version'))
     return Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')/'aquatic_nb'/f'kernels-{name}.json'
 
-# %% ../nbs/10_kernels/30_cpu.ipynb #4e1ce6a8
+# %% ../nbs/10_kernels/30_cpu.ipynb #f41b5381
 def _is_table(times):
     "Whether this is {shape: {kernel: seconds}}."
     return isinstance(times, dict) and all(isinstance(t, dict) and 'decode' in t and all(
@@ -424,7 +435,7 @@ class _Times:
     def read(self):
         "What the file holds; nothing where it is of another machine or version, or no such table."
         try: found = json.loads(self.path.read_text(encoding='utf-8'))
-        except FileNotFoundError: return {}
+        except (FileNotFoundError, NotADirectoryError): return {}
         except (OSError, ValueError): found = None
         if isinstance(found, dict) and found.get('head') == self.head and _is_table(found.get('times')): return found['times']
         _say(f'{self.path} is of another machine or version, or damaged: ignored')
@@ -437,7 +448,7 @@ class _Times:
         try: write_atomic(self.path, json.dumps(both, indent=1, sort_keys=True).encode())
         except OSError as e: _say(f'{e}; the kernels will be timed again in the next process')
 
-# %% ../nbs/10_kernels/30_cpu.ipynb #f4afd2d8
+# %% ../nbs/10_kernels/30_cpu.ipynb #2b24a1ab
 def _table(w):
     "The times of a width, read once a process."
     key = w.name, w.dot
@@ -457,7 +468,7 @@ def _shape_key(layer, x):
     where = '' if isinstance(layer, AQLinear) else f' {layer.stride}{layer.padding}{layer.dilation}{layer.groups}{layer.padding_mode}'
     return f'{tuple(layer.weight_shape)} {layer.scheme}{where} on {tuple(x.shape)}{act}'
 
-# %% ../nbs/10_kernels/30_cpu.ipynb #8146e7ab
+# %% ../nbs/10_kernels/30_cpu.ipynb #fd5371b3
 def _evict():
     "Read 4 MiB of something else."
     scratch('evict', (1 << 20,)).sum()
@@ -502,7 +513,7 @@ def _time_ways(layer, view, x):
             times[n] = min(times.get(n, math.inf), max(_seconds(f), 1e-7))
     return {n: round(t, 7) for n, t in times.items()}
 
-# %% ../nbs/10_kernels/30_cpu.ipynb #8dbeee24
+# %% ../nbs/10_kernels/30_cpu.ipynb #5f4770f4
 _TIE, _WORTH = 1.05, .9   # even: the rule's; what a kept weight must bring for its bytes
 
 def _measured(layer, x, key, w):
@@ -566,7 +577,7 @@ def forget_choices():
         _tables.clear()
     with _lock: _views.clear()
 
-# %% ../nbs/10_kernels/30_cpu.ipynb #dba4c6ad
+# %% ../nbs/10_kernels/30_cpu.ipynb #52a1d822
 def _ours(reasons):
     "Whether an answer can be remembered: no kernel from elsewhere was asked, which may look at values."
     return all(n in _ways or KERNELS[n].supports.__module__.startswith('aquatic_nb.') for n in reasons)
@@ -682,7 +693,7 @@ def explain_kernels(
     with _watched(packed_layers(model), see): _call(model, inputs)
     return pd.DataFrame.from_dict(rows, orient='index')
 
-# %% ../nbs/10_kernels/30_cpu.ipynb #040de2a7
+# %% ../nbs/10_kernels/30_cpu.ipynb #fb85fc14
 def _width_reason(w):
     "Why this width is the one in use."
     widest = next(iter(widths().values()))
@@ -712,7 +723,8 @@ def set_weight_cache(
     dtype='int8',    # 'int8' (exact, needs int8 codebooks), 'fp32' (exact) or 'bf16' (rounded, where it is native)
 )->dict:             # layer name -> bytes kept
     "Keep dense weights of as many layers as fit, the slowest to decode first; 'decode' then skips its work."
-    if dtype not in _SIZES: raise ValueError(f"set_weight_cache: dtype={dtype!r}, expected one of {list(_SIZES)}")
+    if dtype not in ('int8', 'fp32', 'bf16'):
+        raise ValueError(f"set_weight_cache: dtype={dtype!r}, expected 'int8', 'fp32' or 'bf16'")
     if dtype == 'bf16' and not native_bfloat16():
         raise ValueError("set_weight_cache: dtype='bf16', but this processor has no bfloat16 arithmetic; take 'int8' or 'fp32'")
     if max_bytes is not None and (isinstance(max_bytes, bool) or not isinstance(max_bytes, int) or max_bytes < 0):
@@ -723,7 +735,7 @@ def set_weight_cache(
         _policy.pop(m, None)
     if max_bytes is None: return {}
     for n, m in sorted(layers.items(), key=lambda o: -math.prod(o[1].weight_shape)*o[1].scheme.n_codebooks):
-        size = _SIZES[dtype]*math.prod(m.weight_shape)
+        size = _size(m, dtype)
         fits = size <= left and m.scales.device.type == 'cpu' and (dtype != 'int8' or _exact(m))
         _policy[m] = dtype if fits else 'none'
         if fits: taken[n], left = _keep(m, _view(m)).nbytes, left - size

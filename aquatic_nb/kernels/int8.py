@@ -447,7 +447,7 @@ def linear_i8(
                     p.bias, codes, Wb, sums, small, X, row, z[each], s[each], c0 > 0, y)
     return y
 
-# %% ../../nbs/10_kernels/28_int8.ipynb #9aa7e419
+# %% ../../nbs/10_kernels/28_int8.ipynb #3e84237a
 class Bytes(NamedTuple):
     "A dense weight of whole numbers, laid out for the product of one width."
     w:Width             # lanes and panels make a block of outputs
@@ -458,7 +458,7 @@ class Bytes(NamedTuple):
     N:int               # fan-in
 
     @property
-    def nbytes(self): return self.q.nbytes + self.scales.nbytes + self.bias.nbytes
+    def nbytes(self): return self.q.nbytes
 
 def keep_bytes(
     p:Packed, # a layer with int8 codebooks whose sums fit
@@ -474,10 +474,10 @@ def keep_bytes(
     q = _aligned(q.reshape(-1, block, K).transpose(0, 2, 1))
     return Bytes(w, q, *(_aligned(np.pad(v, (0, rows - p.O))) for v in (p.scales, p.bias)), p.O, N)
 
-# %% ../../nbs/10_kernels/28_int8.ipynb #8c842d59
+# %% ../../nbs/10_kernels/28_int8.ipynb #675a63ae
 def _byte_product(rows):
     "An emitter: `rows` columns against one block of outputs, scaled and biased; nothing where the registers do not suffice."
-    def byte_product(e, w, a, ao, b, bo, k, scales, bias, so, out):
+    def byte_product(e, w, a, ao, b, bo, k, scales, bias, so, out, oo, pitch):
         if rows > w.rows: return
         L, n, sets = w.lanes, w.panels, {1: 4, 2: 2}.get(rows, 1)
         whole, real = ir.VectorType(_I32, L), ir.VectorType(_F32, L)
@@ -495,22 +495,23 @@ def _byte_product(rows):
         for i in range(rows*n):
             total, j = acc[i], L*(i % n)
             for u in range(1, sets): total = e.b.fadd(total, acc[i + u*rows*n])
-            e.store(e.fma(total, e.load(scales, e.add(so, j)), e.load(bias, e.add(so, j))), out, i//n*n*L + j)
+            at = e.add(e.add(oo, j), e.mul(pitch, i//n))
+            e.store(e.fma(total, e.load(scales, e.add(so, j)), e.load(bias, e.add(so, j))), out, at)
     byte_product.__name__ = f'byte_product{rows}'
     return simd(byte_product)
 
 _bytes1, _bytes2, _bytes4, _bytes8, _bytes12 = (_byte_product(n) for n in (1, 2, 4, 8, 12))
 
 @_jit
-def _byte_block(w, R, a, ao, b, bo, k, scales, bias, so, out):
+def _byte_block(w, R, a, ao, b, bo, k, scales, bias, so, out, oo, pitch):
     "A function of its own, so that the sums keep their registers."
-    if R == 1: _bytes1(w, a, ao, b, bo, k, scales, bias, so, out)
-    elif R == 2: _bytes2(w, a, ao, b, bo, k, scales, bias, so, out)
-    elif R == 4: _bytes4(w, a, ao, b, bo, k, scales, bias, so, out)
-    elif R == 8: _bytes8(w, a, ao, b, bo, k, scales, bias, so, out)
-    else: _bytes12(w, a, ao, b, bo, k, scales, bias, so, out)
+    if R == 1: _bytes1(w, a, ao, b, bo, k, scales, bias, so, out, oo, pitch)
+    elif R == 2: _bytes2(w, a, ao, b, bo, k, scales, bias, so, out, oo, pitch)
+    elif R == 4: _bytes4(w, a, ao, b, bo, k, scales, bias, so, out, oo, pitch)
+    elif R == 8: _bytes8(w, a, ao, b, bo, k, scales, bias, so, out, oo, pitch)
+    else: _bytes12(w, a, ao, b, bo, k, scales, bias, so, out, oo, pitch)
 
-# %% ../../nbs/10_kernels/28_int8.ipynb #12343b35
+# %% ../../nbs/10_kernels/28_int8.ipynb #0ee69de1
 @_jit
 def _columns_line(lo, hi, worker, x, R, K, A):
     "Blocks lo..hi-1 of R tokens of x [T, N] as [block][input][token]."
@@ -548,7 +549,7 @@ def _columns_conv(lo, hi, worker, x, kernel, stride, pad, dilation, size, R, K, 
             for k in range(I*taps, K):
                 for r in range(R): A[(b*K + k)*R + r] = 0
 
-# %% ../../nbs/10_kernels/28_int8.ipynb #66314512
+# %% ../../nbs/10_kernels/28_int8.ipynb #9ad8beb0
 @_jit
 def _byte_out(lo, hi, worker, w, q, scales, bias, A, R, K, cols, tiles, pixels, O, y):
     "Blocks lo..hi-1 of outputs over all columns; y is [images, O, pixels], flat; tokens are images of one pixel."
@@ -557,8 +558,11 @@ def _byte_out(lo, hi, worker, w, q, scales, bias, A, R, K, cols, tiles, pixels, 
         o0 = i*block
         live = min(block, O - o0)
         for c in range(0, cols, R):
-            _byte_block(w, R, A, c*K, q, i*K*block, K, scales, bias, o0, tile)
             many = min(R, cols - c)
+            if pixels == 1 and many == R and live == block:
+                _byte_block(w, R, A, c*K, q, i*K*block, K, scales, bias, o0, y, c*O + o0, O)
+                continue
+            _byte_block(w, R, A, c*K, q, i*K*block, K, scales, bias, o0, tile, 0, block)
             if pixels == 1:
                 for r in range(many):
                     at = (c + r)*O + o0
@@ -571,7 +575,7 @@ def _byte_out(lo, hi, worker, w, q, scales, bias, A, R, K, cols, tiles, pixels, 
                 for l in range(live): y[at + l*pixels] = tile[r*block + l]
                 p += 1
 
-# %% ../../nbs/10_kernels/28_int8.ipynb #5bbfcd06
+# %% ../../nbs/10_kernels/28_int8.ipynb #762bdb77
 @intrinsic
 def _floats_at(typingctx, address):
     def gen(context, builder, sig, args): return builder.inttoptr(args[0], _F32.as_pointer())
@@ -617,7 +621,7 @@ def _room(n):
         _work.address = have.ctypes.data
     return _work.address
 
-# %% ../../nbs/10_kernels/28_int8.ipynb #220613e5
+# %% ../../nbs/10_kernels/28_int8.ipynb #6e239ca2
 def _byte_rows(w, cols):
     "Columns that one product takes: all, where they are few, else as many as the registers hold."
     most = max(n for n in (1, 2, 4, 8, 12) if n <= w.rows)
@@ -647,7 +651,7 @@ def byte_linear(
         return y
     return run
 
-# %% ../../nbs/10_kernels/28_int8.ipynb #030d6628
+# %% ../../nbs/10_kernels/28_int8.ipynb #645424a8
 def byte_conv(
     kept:Bytes, # the weight
     shape,      # (B, I, H, W) of the input
@@ -668,7 +672,7 @@ def byte_conv(
         return y
     return (B, O, *size), run
 
-# %% ../../nbs/10_kernels/28_int8.ipynb #a6a9b59d
+# %% ../../nbs/10_kernels/28_int8.ipynb #4c8e1efb
 @simd
 def _widen_square(e, w, q, at, step, scales, so, out, to, pitch):
     "As many inputs as a vector has lanes, of as many outputs: scaled, turned, stored as rows."
