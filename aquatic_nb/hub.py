@@ -83,8 +83,8 @@ def _names_of(table):
 def _version(v, method, unknown):
     "ValueError unless the entry is of this method, and of a format version that this package reads."
     if unknown: raise ValueError(
-        f'AquaticConfig: {sorted(unknown)[0]!r} is not known to this version; '
-        'expected bits, act_bits, shared_codebooks, format_version')
+        f'AquaticConfig: {sorted(unknown)[0]!r} is not known to this version; expected bits, act_bits, '
+        'shared_codebooks, format_version')
     if method != 'aquatic': raise ValueError(f"AquaticConfig: quant_method={method!r}, expected 'aquatic'")
     if type(v) is not int or v < 1:
         raise ValueError(f'AquaticConfig: format_version={v!r}, expected {FORMAT_VERSION}')
@@ -126,13 +126,14 @@ _OURS = 'quantization_config', '_pre_quantization_dtype'   # what a packed model
 
 def _skeleton(model):
     "The model that a config describes, without content."
-    config = {k: v for k, v in model.config.items() if k not in _OURS}
+    config = json.loads(model.to_json_string())                               # as it is saved
+    config.pop('quantization_config', None)
     try:
         with init_empty_weights(): return type(model).from_config(config)
     except Exception as e: # whatever a class's own constructor may raise
-        raise ValueError(f'{type(model).__name__} cannot be built from its own config ({type(e).__name__}: '
-                         f'{str(e)[:200]}), '
-                         'so it could not be opened again; register_to_config what it needs') from e
+        raise ValueError(
+            f'{type(model).__name__} cannot be built from its own config ({type(e).__name__}: '
+            f'{str(e)[:200]}), so it could not be opened again; register_to_config what it needs') from e
 
 def _dense_shapes(model):
     "Tensor name -> shape, packed layers under the names of the dense ones."
@@ -141,6 +142,7 @@ def _dense_shapes(model):
     shapes = {k: tuple(t.shape) for k, t in model.state_dict().items() if k not in inside}
     return shapes | {f'{n}.weight': tuple(m.weight_shape) for n, m in layers.items()}
 
+# %% ../nbs/08_files/22_hub.ipynb #1772f939
 def _nature(module):
     "What a layer computes, apart from its tensors; a packed one answers as the dense one would."
     for dense in (nn.Conv2d, nn.Linear):
@@ -168,38 +170,34 @@ def _differences(model):
 # %% ../nbs/08_files/22_hub.ipynb #8120868e
 _REMEDIES = (
     (('lora_', '.base_layer.'), 'it wears an adapter, or layers that one left behind',
-     'save the adapter with save_lora_adapter if it is to be kept (fuse_lora makes it part of dense weights), '
-     'then call unload_lora; delete_adapters is not enough'),
+     'save_lora_adapter keeps the adapter (or fuse_lora, where weights are dense); then call unload_lora, '
+     'since delete_adapters leaves layers'),
     (('_ip.', 'encoder_hid_proj.'), 'it wears an IP-Adapter',
      'call unload_ip_adapter of the pipeline, and load_ip_adapter again afterwards'),
-    (('.to_qkv.', '.to_kv.', '.to_added_qkv.'), 'projections were fused, and unfuse_qkv_projections leaves '
-                                                'the layers',
+    (('.to_qkv.', '.to_kv.', '.to_added_qkv.'), 'projections were fused, for good',
      'load the model again and do not fuse'),
     (('',), 'it was changed in memory',
      'take the change back, or let the config say it (model.register_to_config)'))
 
 def _check_hooks(model):
-    "ValueError where tools hold tensors of the model elsewhere, so that what it has is not what it stands "
-    "for."
+    "ValueError where tools hold tensors of the model elsewhere."
     for n, m in model.named_modules():
         group = getattr(getattr(m, '_diffusers_hook', None), 'hooks', {}).get('group_offloading')
         if group is not None and group.group.offload_to_disk_path is not None: raise ValueError(
-            f'module {n!r} is offloaded to disk by group; a model in this state can be neither quantized nor '
-            'saved: '
-            'load it again without that')
+            f'module {n!r} is offloaded to disk by group; a model in this state can be neither quantized '
+            'nor saved: load it again without that')
     meta = [n for n, t in model.state_dict().items() if t.is_meta]
-    if meta: raise ValueError(f'tensor {meta[0]!r} holds nothing (meta device); take offloading hooks off '
-                              'first '
-                              '(accelerate.hooks.remove_hook_from_submodules), or load the model')
+    if meta: raise ValueError(
+        f'tensor {meta[0]!r} holds nothing (meta device); take offloading hooks off first '
+        '(accelerate.hooks.remove_hook_from_submodules), or load the model')
 
 # %% ../nbs/08_files/22_hub.ipynb #cf8f83b7
 def check_savable(
     model, # a diffusers model, dense or packed
 )->None:
-    "ValueError where `from_pretrained` could not open what `save_pretrained` would write, with names and "
-    "what helps."
+    "ValueError where `from_pretrained` could not open what `save_pretrained` would write; says what helps."
     _check_hooks(model)
-    for n, m in model.named_modules():
+    for n, m in model.named_modules() if not packed_layers(model) else ():
         why = why_not_replaced(m) if type(m) in (nn.Conv2d, nn.Linear) else None
         if why: raise ValueError(f'layer {n!r}: {why}')
     wrong = _differences(model)
@@ -208,14 +206,15 @@ def check_savable(
     what, remedy, names = next((w, r, names) for parts, w, r in _REMEDIES if (names := of_kind(parts)))
     more = f'; {len(names) - 3} more' if len(names) > 3 else ''
     listed = '; '.join(f'{n!r} {wrong[n]}' for n in names[:3]) + more
-    raise ValueError(f'{type(model).__name__} is not what its config describes, so from_pretrained could not '
-                     'open it: '
-                     f'{what} ({listed}); {remedy}')
+    raise ValueError(
+        f'{type(model).__name__} is not what its config describes, so from_pretrained could not open it: '
+        f'{what} ({listed}); {remedy}')
 
 # %% ../nbs/08_files/22_hub.ipynb #9d1302c3
 if not hasattr(DiffusersQuantizer, 'get_state_dict_and_metadata'):
-    raise ImportError('aquatic_nb.hub needs diffusers 0.40 or newer: older ones give a backend no say in '
-                      'what is saved; pip install -U diffusers')
+    raise ImportError(
+        'aquatic_nb.hub needs diffusers 0.40 or newer: older ones give a backend no say in what is saved; '
+        'pip install -U diffusers')
 
 # %% ../nbs/08_files/22_hub.ipynb #b456a1f8
 class _Owner:
@@ -232,17 +231,17 @@ class _Owner:
 def _bits_of(config):
     "The bits a weight that a dense model should get."
     if config.bits is not None: return config.bits
-    raise ValueError('AquaticConfig: bits=None, but this model is dense; say how many bits a weight it '
-                     'should get, '
-                     'e.g. AquaticConfig(bits=2)')
+    raise ValueError(
+        'AquaticConfig: bits=None, but this model is dense; say how many bits a weight it should get, e.g. '
+        'AquaticConfig(bits=2)')
 
 # %% ../nbs/08_files/22_hub.ipynb #2283f220
 def _pack_loaded(model, config):
     "Quantize while loading, without calibration data."
     bits = _bits_of(config)
-    if config.act_bits is not None: raise ValueError('AquaticConfig: act_bits needs calibration; load the '
-                                                     'model and call '
-                                                     'quantize_unet(model, act_bits=8, calibration=pipe)')
+    if config.act_bits is not None: raise ValueError(
+        'AquaticConfig: act_bits needs calibration; load the model and call quantize_unet(model, '
+        'act_bits=8, calibration=pipe)')
     warnings.warn(f'AquaticConfig(bits={bits}) packs a dense model while it is loaded, without calibration, '
                   'which costs '
                   'much quality; load the dense model and call aquatic_nb.quant.quantize_unet(model, '
@@ -259,16 +258,14 @@ class AquaticQuantizer(DiffusersQuantizer):
 
     @property
     def is_serializable(self): # asked before anything is written
-        if self.owner.model is None: raise ValueError('this model came here by another way than loading or '
-                                                      'quantizing; '
-                                                      'call aquatic_nb.hub.attach(model), and save again')
+        if self.owner.model is None: raise ValueError(
+            'this model came here by another way than loading or quantizing; call '
+            'aquatic_nb.hub.attach(model), and save again')
         check_savable(self.owner.model)
         return True
 
-    def _process_model_before_weight_loading(self, model, state_dict=None, **kwargs):
+    def _process_model_before_weight_loading(self, model, **kwargs):
         if self.stored is not None: self.own = lay_out(model, self.stored, self.quantization_config)
-        elif CHECKSUMS in (state_dict or ()): raise ValueError(
-            'from_single_file: the file is part of a packed model; call from_pretrained with its folder')
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         if self.stored is None: _pack_loaded(model, self.quantization_config)
@@ -308,6 +305,15 @@ def maybe_update_loaded_keys(self:AquaticQuantizer, loaded_keys, checkpoint_file
 
 # %% ../nbs/08_files/22_hub.ipynb #ef8787c3
 @patch
+def maybe_update_state_dict(self:AquaticQuantizer, state_dict):
+    "What was read from a file: any of from_pretrained, or the single one of from_single_file."
+    if self.stored is not None: return state_dict
+    if CHECKSUMS in state_dict: raise ValueError(
+        'from_single_file: the file is part of a packed model; call from_pretrained with its folder')
+    _bits_of(self.quantization_config)
+    return state_dict
+
+@patch
 def update_missing_keys(self:AquaticQuantizer, model, missing_keys, prefix):
     "None: those of shared codebooks are known, and anything else was refused before."
     return missing_keys if self.stored is None else []
@@ -316,8 +322,8 @@ def update_missing_keys(self:AquaticQuantizer, model, missing_keys, prefix):
 @patch
 def get_state_dict_and_metadata(self:AquaticQuantizer, state_dict, safe_serialization=False):
     "What is written."
-    if not safe_serialization: raise ValueError('safe_serialization=False: packed models are not pickled; '
-                                                'save with safe_serialization=True')
+    if not safe_serialization: raise ValueError(
+        'safe_serialization=False: packed models are not pickled; save with safe_serialization=True')
     return file_tensors(state_dict, self.quantization_config.to_dict()), {}
 
 # %% ../nbs/08_files/22_hub.ipynb #3effa1d1
@@ -351,8 +357,8 @@ def attach(
     layers = packed_layers(model).values()
     if not layers: raise ValueError('attach: the model has no packed layers; quantize it first')
     found = sorted({m.act.bits for m in layers if m.act is not None})
-    if len(found) > 1: raise ValueError(f'attach: layers have activations of {found} bits, expected one '
-                                        'width')
+    if len(found) > 1:
+        raise ValueError(f'attach: layers have activations of {found} bits, expected one width')
     if found and act_bits not in (None, *found):
         raise ValueError(f'attach: act_bits={act_bits}, but the layers have activations of {found[0]} bits')
     config = AquaticConfig(bits, next(iter(found), None), shared_codebooks(model))
@@ -413,12 +419,11 @@ def _check_entry(path, stored):
     entry = json.loads(path.read_text(encoding='utf-8')).get('quantization_config')
     if stored.packed and not entry: raise ValueError(
         f'{path}: the weights are packed, but the entry "quantization_config" is gone; put back '
-        '{"quant_method": "aquatic", "format_version": 1} (and act_bits, shared_codebooks where there were '
-        'any), '
-        'or get the file again')
+        f'{{"quant_method": "aquatic", "format_version": 1}} (and act_bits, shared_codebooks where there '
+        'were any), or get the file again')
     if entry and not isinstance(entry, dict):
-        raise ValueError(f'{path}: quantization_config is {str(entry)[:40]!r}, expected an object; get the '
-                         'file again')
+        raise ValueError(
+            f'{path}: quantization_config is {str(entry)[:40]!r}, expected an object; get the file again')
     if entry: AquaticConfig.from_dict(entry)
 
 # %% ../nbs/08_files/22_hub.ipynb #f35eaa73
@@ -435,9 +440,9 @@ def load_quantized(
     try: return cls.from_pretrained(folder, **own, **kwargs)
     except torch.cuda.OutOfMemoryError: raise    # the device's fault, not the file's
     except _INSIDE as e:
-        raise ValueError(f'{path}: no {cls.__name__} can be built from it ({type(e).__name__}: '
-                         f'{str(e)[:200]}); '
-                         'get the file again') from e
+        raise ValueError(
+            f'{path}: no {cls.__name__} can be built from it ({type(e).__name__}: {str(e)[:200]}); get the '
+            'file again') from e
 
 # %% ../nbs/08_files/22_hub.ipynb #b09a26b0
 def check_replaceable(
@@ -448,12 +453,12 @@ def check_replaceable(
     if not folder.exists(): return
     ours = folder.is_dir() and (any((folder/n).is_file() for n in ('config.json', 'model_index.json'))
                                 or not any(folder.iterdir()))
-    if not ours: raise FileExistsError(f'{str(folder)!r} is no model folder, and only those are replaced; '
-                                       'remove it yourself, or give another folder')
+    if not ours: raise FileExistsError(
+        f'{str(folder)!r} is no model folder, and only those are replaced; remove it yourself, or give '
+        'another folder')
 
 def _exchange(model, folder, tmp, kwargs):
-    "Write the model into `tmp`, and put that in the place of `folder`; what was there stays whole until "
-    "then."
+    "Write the model into `tmp`, then put it in the place of `folder`; what was there stays whole until then."
     new, old = tmp/'new', tmp/'old'
     with work_lock(tmp):
         shutil.rmtree(new, ignore_errors=True)
@@ -473,8 +478,7 @@ def save_quantized(
     force=False, # replace a folder that exists
     **kwargs,    # for `save_pretrained`, e.g. max_shard_size, variant
 )->Path:         # the folder
-    "Save a packed model so that the folder is never seen half-written; FileExistsError where it exists, "
-    "OSError names the path."
+    "Save a packed model so that the folder is never seen half-written; an OSError names the path."
     folder = Path(folder)
     tmp = folder.parent/f'.{folder.name}.saving'
     try:
@@ -516,8 +520,7 @@ def _only_dense(make):
         for m in (*args, *kwargs.values()):
             if isinstance(m, nn.Module) and packed_layers(m): raise ValueError(
                 f'{cls.__name__}.{make.__func__.__name__}: {type(m).__name__} is packed, and dense weights '
-                'are copied here; '
-                'give aquatic_nb.hub.dequantize(copy.deepcopy(model))')
+                'are copied here; give aquatic_nb.hub.dequantize(copy.deepcopy(model))')
         return make.__func__(cls, *args, **kwargs)
     return classmethod(ours)
 
@@ -535,9 +538,9 @@ when_imported('diffusers.models.unets.unet_motion_model', _teach_copying)
 _MERGE_FIRST = 'merge it into the dense model (hub.dequantize gives one) and quantize that'
 
 def _no_conv(base, *args, **kwargs):
-    raise ValueError(f'LoRA on a packed convolution ({base}) is not possible; name linear layers in '
-                     'target_modules '
-                     f'(to_q, to_k, to_v, ...), or {_MERGE_FIRST}')
+    raise ValueError(
+        f'LoRA on a packed convolution ({base}) is not possible; name linear layers in target_modules '
+        f'(to_q, to_k, to_v, ...), or {_MERGE_FIRST}')
 
 @cache
 def _adapters():
@@ -555,8 +558,7 @@ def _adapters():
 def lora_config(
     config, # a `peft.LoraConfig`
 ):          # the same, which now knows packed layers
-    "Let peft put adapters around packed linear layers; ValueError (when they are added) for packed "
-    "convolutions."
+    "Let peft put adapters around packed linear layers; for packed convolutions that is a ValueError."
     config._register_custom_module(_adapters())
     return config
 

@@ -102,7 +102,8 @@ class TunedLayer(OpenLayer):
         self.codebooks = nn.Parameter(aq.codebooks.float().clone()) if first is None else first.codebooks
         self.scales = nn.Parameter(aq.scales.float().clone())
         self.weight = nn.Parameter(torch.empty(self.shape, device=aq.scales.device))
-        self.together = [] if first is None else first.together # the layers that hold these codebooks, the leading one first
+        # the layers that hold these codebooks, the leading one first
+        self.together = [] if first is None else first.together
         self.together.append(self)
         self.decode()
 
@@ -202,7 +203,8 @@ def open_layers(
 ) -> nn.Module:      # the model
     "Open every packed layer for tuning."
     packed = packed_layers(model)
-    if not packed: raise ValueError(f'open_layers: {type(model).__name__} has no packed layers; quantize its weights first')
+    if not packed: raise ValueError(f'open_layers: {type(model).__name__} has no packed layers; quantize '
+                                    f'its weights first')
     holders = {}                                    # codebooks -> the layer that leads
     for n, m in packed.items():
         key = id(m if m.codebooks is None else m.codebooks)
