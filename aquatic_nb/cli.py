@@ -26,8 +26,9 @@ import typer
 import aquatic_nb
 from .core import FolderInUse, machine, native_bfloat16, progress_bar, sha256_of, write_atomic
 from .kaq import packable
-from .sources import NotEnoughMemory, Source, check_destination, check_memory, empty_model, find_source
-from .sources import free_memory, load_pipeline, load_source, memory_needed, parse_overrides, read_prompts
+from .sources import NotEnoughMemory, Source, check_destination, check_memory, empty_model
+from .sources import find_source, free_memory, load_pipeline, load_source, memory_needed
+from .sources import parse_overrides, read_prompts
 from .walk import SAMPLING_GUIDANCE
 
 # %% ../nbs/12_command/40_cli.ipynb #201c2d47
@@ -36,7 +37,7 @@ _FAILED, _BAD_INPUT, _NO_MEMORY, _IO_FAILED, _INTERRUPTED = 1, 2, 3, 4, 130
 
 @app.callback(invoke_without_command=True)
 def _start(context:typer.Context):
-    "Diffusion models at two bits a weight. Results go to stdout, messages to stderr; --json makes results machine-readable."
+    "Diffusion models at two bits a weight. Results go to stdout, messages to stderr; --json for machines."
     if context.invoked_subcommand is not None: return
     _say(context.get_help())
     raise typer.Exit(_BAD_INPUT)
@@ -54,8 +55,9 @@ def _verdict(e):
     "The exit code for an error, and its line."
     text = ' '.join(str(e).split())
     if isinstance(e, KeyboardInterrupt): return _INTERRUPTED, 'interrupted'
-    if isinstance(e, (NotEnoughMemory, MemoryError, torch.OutOfMemoryError)): return _NO_MEMORY, text or 'not enough memory'
-    if isinstance(e, OSError): return _BAD_INPUT if e.errno is None else _IO_FAILED, text # without a number it is ours
+    if isinstance(e, (NotEnoughMemory, MemoryError, torch.OutOfMemoryError)):
+        return _NO_MEMORY, text or 'not enough memory'
+    if isinstance(e, OSError): return _BAD_INPUT if e.errno is None else _IO_FAILED, text # no number: ours
     if isinstance(e, (ValueError, TypeError, FolderInUse)): return _BAD_INPUT, text
     return _FAILED, f'{type(e).__name__}: {text[:400]} (--debug shows where)'
 
@@ -83,7 +85,7 @@ def main(
         code = _BAD_INPUT
     sys.exit(code or 0)
 
-# %% ../nbs/12_command/40_cli.ipynb #9a3a1fe0
+# %% ../nbs/12_command/40_cli.ipynb #6bd29358
 def _option(kind, help, *names, **more): # names: as they are typed, where the parameter's own will not do
     return Annotated[kind, typer.Option(*names, help=help, **more)]
 
@@ -100,7 +102,7 @@ _Force = _option(bool, 'Replace what is there.', '--force')
 _Json = _option(bool, 'Print the result as one JSON object.', '--json')
 _Debug = _option(bool, 'Show where an error comes from.', '--debug')
 
-# %% ../nbs/12_command/40_cli.ipynb #ed3d086f
+# %% ../nbs/12_command/40_cli.ipynb #76027a75
 @contextmanager
 def _stages(title, total, every=2.):
     "`stage(name, f)`, which runs `f` under a bar over all stages, and the seconds that each took."
@@ -110,7 +112,7 @@ def _stages(title, total, every=2.):
         def redraw():
             while not over.wait(every): bar.refresh()
         def stage(name, f):
-            bar.set_description(f'{title}: {name}')
+            bar.set_description_str(f'{title}: {name}')
             start = time.perf_counter()
             result = f()
             seconds[name] = round(time.perf_counter() - start, 1)
@@ -120,12 +122,12 @@ def _stages(title, total, every=2.):
         try: yield stage, seconds
         finally: over.set()
 
-# %% ../nbs/12_command/40_cli.ipynb #c11a15ba
-_TRAJECTORIES, _FEW_TRAJECTORIES, _LARGE = 64, 16, 100_000_000 # of calibration; from so many parameters on, few
+# %% ../nbs/12_command/40_cli.ipynb #b6bda862
+_LARGE = 100_000_000 # parameters; above, `quantize` calibrates with fewer trajectories
 
 def _stages_of(model, settings, data):
     "What a run goes through: stage -> what it does; `data` says where calibration inputs come from."
-    n = settings['n_calibration'] or (_TRAJECTORIES if model.num_parameters() <= _LARGE else _FEW_TRAJECTORIES)
+    n = settings['n_calibration'] or (64 if model.num_parameters() <= _LARGE else 16)
     layers, out = len(packable(model)), {}
     if data: out['walk'] = f'{n} trajectories of the full-precision model ({data})'
     if data and settings['laq']: out['sensitivity'] = f'what each of {layers} layers bears'
@@ -137,15 +139,17 @@ def _stages_of(model, settings, data):
 # %% ../nbs/12_command/40_cli.ipynb #69bf6980
 def _plan_text(result, table):
     "A plan for a person."
-    by = table.groupby(['kind', 'scheme'], sort=False).agg(layers=('layer', 'size'), bytes=('bytes', lambda b: b.sum(min_count=1)))
-    kept, open_ = int((table.scheme == 'dense').sum()), int(table.bytes.isna().sum())
-    lines = [by.reset_index().to_string(index=False, na_rep=''), f'{len(table) - kept} layers to pack, {kept} stay dense']
-    if open_: lines[-1] += f'; {open_} of them get what they bear, {result["bits"]:g} bits a weight on average'
-    else: lines[-1] += f', {int(table.bytes.sum()):,} bytes together'
-    lines += [f'{k}: {v}' for k, v in result['stages'].items()]
-    return '\n'.join([*lines, f'about {result["memory"]["total"]/2**30:.1f} GB of memory'])
+    total = lambda b: b.sum(min_count=1)   # of nothing but unknowns: unknown
+    by = table.groupby(['kind', 'scheme'], sort=False).agg(layers=('layer', 'size'), bytes=('bytes', total))
+    kept, unknown = int((table.scheme == 'dense').sum()), int(table.bytes.isna().sum())
+    sum_up = f'{len(table) - kept} layers to pack, {kept} stay dense'
+    if unknown: sum_up += f'; {unknown} get what they bear, {result["bits"]:g} bits a weight on average'
+    else: sum_up += f', {int(table.bytes.sum()):,} bytes together'
+    stages = [f'{k}: {v}' for k, v in result['stages'].items()]
+    memory = f'about {result["memory"]["total"]/2**30:.1f} GB of memory'
+    return '\n'.join([by.reset_index().to_string(index=False, na_rep=''), sum_up, *stages, memory])
 
-# %% ../nbs/12_command/40_cli.ipynb #9c89f9b5
+# %% ../nbs/12_command/40_cli.ipynb #bfcb5157
 def _takes(source, name):
     "Whether the pipeline of a source takes an argument of this name."
     if source.part is None: return False
@@ -154,42 +158,48 @@ def _takes(source, name):
     cls = getattr(diffusers, kind, getattr(aquatic_nb.zoo, kind, None))
     return cls is None or name in inspect.signature(cls.__call__).parameters
 
-def _check_request(source, settings, calibration):
+def _check_request(source, s, calibration):
     "ValueError where the settings do not suit the source; before anything is read."
-    s = settings
     aquatic_nb.quant.check_bits(s['bits'])
-    if s['act_bits'] not in (None, 4, 6, 8): raise ValueError(f'--act-bits {s["act_bits"]}: expected 8 (usual), 6 or 4')
+    if s['act_bits'] not in (None, 4, 6, 8):
+        raise ValueError(f'--act-bits {s["act_bits"]}: expected 8 (usual), 6 or 4')
     for name in ('tune', 'memory'):
         if s[name] is None or 0 < s[name] < math.inf: continue
         raise ValueError(f'--{name} {s[name]:g}: expected a number above 0')
     if not calibration and (s['act_bits'] or s['tune']):
-        raise ValueError('--act-bits and --tune need to see what flows through the model; leave out --no-calibration')
-    if s['tune'] and source.part is None: raise ValueError('--tune needs a pipeline folder as SRC, whose trajectories teach')
-    ways = ('--prompts', 'calibration_prompts', 'prompt'), ('--guidance', 'guidance_scale', 'guidance_scale')
-    for option, key, argument in ways:
-        if s[key] is None or calibration and _takes(source, argument): continue
-        raise ValueError(f'{option} is for the calibration of pipelines that take it, and {str(source.path)!r} is none; leave it out')
+        raise ValueError('--act-bits and --tune need to see what flows; leave out --no-calibration')
+    if s['tune'] and source.part is None:
+        raise ValueError('--tune needs a pipeline folder as SRC, whose trajectories teach')
+    for option, name in (('--prompts', 'prompt'), ('--guidance', 'guidance_scale')):
+        key = 'calibration_prompts' if name == 'prompt' else name
+        if s[key] is None or calibration and _takes(source, name): continue
+        raise ValueError(f'{option} is for the calibration of pipelines that take it, and '
+                         f'{str(source.path)!r} is none; leave it out')
 
 # %% ../nbs/12_command/40_cli.ipynb #ef458d1a
-_ToQuantize = _argument(str, 'A diffusers model folder, a pipeline folder, a .safetensors file of Stable Diffusion (see --config), or the '
-                             'name of a shipped model (mini-ldm).')
+_ToQuantize = _argument(str, 'A diffusers model folder, a pipeline folder, a .safetensors file of Stable '
+                             'Diffusion (see --config), or the name of a shipped model (mini-ldm).')
 _Result = _argument(Optional[Path], 'Where the result goes: a folder of the same kind as SRC.')
 _Bits = _option(float, 'Average stored bits a weight, everything counted, 0.25 to 16.')
 _ActBits = _option(Optional[int], 'Bits of activations: 8, 6 or 4; left alone where not given.')
 _Tune = _option(Optional[float], 'Minutes of fine-tuning against the original model.')
 _Plan = _option(bool, 'Say what would be done, and stop.', '--plan')
-_Calibration = _option(bool, 'Measure what flows into each layer (no data needed).', '--calibration/--no-calibration')
+_Calibration = _option(bool, 'Measure what flows into each layer (no data needed).',
+                       '--calibration/--no-calibration')
 _Uniform = _option(bool, 'One setting for all layers instead of what each one bears.', '--uniform')
-_Override = _option(Optional[list[str]], 'Set layers by hand, and again for more: a name with *, and dense, a scheme such as 2x8b/9, '
-                    'or bits from 1 to 8.', metavar='PATTERN=SETTING')
+_Override = _option(Optional[list[str]], 'Set layers by hand, and again for more: a name with *, and dense, '
+                    'a scheme such as 2x8b/9, or bits from 1 to 8.', metavar='PATTERN=SETTING')
 _Config = _option(Optional[str], 'What a single file holds: sd15, sdxl, or a folder with its config.json.')
 _WorkDir = _option(Optional[Path], 'Keeps finished layers; DST with .work appended where not given.')
 _Memory = _option(float, 'GB for input statistics held at once.')
-_Trajectories = _option(Optional[int], 'Calibration trajectories; 64, or 16 for a model of more than 100M parameters.', min=1)
-_WalkGuidance = _option(Optional[float], 'Guidance scale of the calibration; what suits the pipeline where not given.')
-_Prompts = _option(Optional[Path], "Texts to calibrate with, a UTF-8 file, one a line; the package's own where not given.")
+_Trajectories = _option(Optional[int], 'Calibration trajectories; 64, or 16 for a model of more than 100M '
+                        'parameters.', min=1)
+_WalkGuidance = _option(Optional[float], 'Guidance scale of the calibration; what suits the pipeline where '
+                        'not given.')
+_Prompts = _option(Optional[Path], "Texts to calibrate with, a UTF-8 file, one a line; the package's own "
+                   'where not given.')
 
-# %% ../nbs/12_command/40_cli.ipynb #f29a7058
+# %% ../nbs/12_command/40_cli.ipynb #a013710b
 @app.command()
 @_guarded
 def quantize(
@@ -216,12 +226,14 @@ def quantize(
     debug:_Debug=False,        # show where an error comes from
 ):
     "Pack a model to few bits a weight; an interrupted run goes on when started again."
-    if dst is None and not plan: raise ValueError('DST is missing; name the folder for the result, or use --plan')
+    if dst is None and not plan:
+        raise ValueError('DST is missing; name the folder for the result, or use --plan')
     source = find_source(src, part, variant, config)
     if dst is not None: check_destination(dst, source.path, force)
     texts = None if prompts is None else read_prompts(prompts)
-    settings = dict(bits=bits, act_bits=act_bits, tune=tune, laq=calibration and not uniform, seed=seed, memory=memory,
-                    n_calibration=trajectories, guidance_scale=guidance, calibration_prompts=texts, overrides=parse_overrides(override))
+    settings = dict(bits=bits, act_bits=act_bits, tune=tune, laq=calibration and not uniform, seed=seed,
+                    memory=memory, n_calibration=trajectories, guidance_scale=guidance,
+                    calibration_prompts=texts, overrides=parse_overrides(override))
     _check_request(source, settings, calibration)
     settings['memory'] = int(memory*2**30)
     told, text = _told_before(source, settings, calibration)
@@ -232,34 +244,37 @@ def quantize(
     work_dir = work_dir or dst.with_name(dst.name + '.work')
     _give(_run_quantize(source, dst, work_dir, calibration, force, settings), as_json)
 
-# %% ../nbs/12_command/40_cli.ipynb #fb0f3332
+# %% ../nbs/12_command/40_cli.ipynb #c369f613
 def _told_before(source, settings, calibration):
     "What a run would do, as a dictionary and as text; no weight is read."
     skeleton = empty_model(source)
     table = aquatic_nb.quant.plan(skeleton, settings['bits'], settings['overrides'], laq=settings['laq'])
     data = '' if not calibration else 'by the pipeline' if source.part else 'inputs made up from its config'
-    result = dict(model=type(skeleton).__name__, variant=source.variant, bits=settings['bits'], stages=_stages_of(skeleton, settings, data),
+    result = dict(model=type(skeleton).__name__, variant=source.variant, bits=settings['bits'],
+                  stages=_stages_of(skeleton, settings, data),
                   memory=memory_needed(skeleton, settings['bits'], settings['memory'], calibration))
     return {**result, 'layers': json.loads(table.to_json(orient='records'))}, _plan_text(result, table)
 
 def _run_quantize(source, dst, work_dir, calibration, force, settings):
     "The work of `aquatic quantize`: sizes and times; tells how to go on when it is interrupted."
     if work_dir.exists(): _say(f'going on with {work_dir}')
-    start, hub = time.perf_counter(), aquatic_nb.hub
+    start, hub, quantize = time.perf_counter(), aquatic_nb.hub, aquatic_nb.quant.quantize
     with _stages('quantize', 3) as (stage, _):
         whole, model = stage('load', lambda: load_source(source))
         hub.check_savable(model)
         data = None if not calibration else 'auto' if whole is model else whole
         try:
-            stage('pack', lambda: aquatic_nb.quant.quantize(model, calibration=data, work_dir=work_dir, **settings))
+            stage('pack', lambda: quantize(model, calibration=data, work_dir=work_dir, **settings))
+            if source.config is not None: model.register_to_config(_name_or_path=source.path.name)
             stage('save', lambda: hub.save_quantized(whole, dst, force=force))
         except KeyboardInterrupt:
             _say(f'\nfinished layers are kept in {work_dir}: run the same command again to go on')
             raise
     shutil.rmtree(work_dir, ignore_errors=True)
     report = aquatic_nb.quant.quant_report(model)
-    return dict(dst=str(dst), layers=int((report.scheme != 'dense').sum()), bits=round(report.attrs['bits'], 4),
-                bits_all_parameters=round(report.attrs['bits_all'], 4), file_bytes=_file_bytes(dst/(source.part or '')), variant=source.variant,
+    return dict(dst=str(dst), variant=source.variant, layers=int((report.scheme != 'dense').sum()),
+                bits=round(report.attrs['bits'], 4), bits_all_parameters=round(report.attrs['bits_all'], 4),
+                file_bytes=_file_bytes(dst/(source.part or '')),
                 seconds=round(time.perf_counter() - start, 1))
 
 def _file_bytes(folder): # of the weights of a model folder
@@ -268,12 +283,14 @@ def _file_bytes(folder): # of the weights of a model folder
 # %% ../nbs/12_command/40_cli.ipynb #e061e9f2
 def _draw(pipe, n, batch=64, desc='sampling', **settings):
     "Images [n, C, H, W] in 0..1, and their labels."
-    labels = aquatic_nb.samples.labels_of(pipe, n, settings.get('classes'))
-    return aquatic_nb.samples.sample_images(pipe, n, batch=batch, progress=True, desc=desc, **settings), labels
+    samples = aquatic_nb.samples
+    images = samples.sample_images(pipe, n, batch=batch, progress=True, desc=desc, **settings)
+    return images, samples.labels_of(pipe, n, settings.get('classes'))
 
 def _numbers(text): # '0,3,5' -> [0, 3, 5]
     try: return [int(o) for o in text.split(',')] if text else None
-    except ValueError as e: raise ValueError(f'--classes {text!r}: expected numbers with commas, e.g. 0,3,5') from e
+    except ValueError:
+        raise ValueError(f'--classes {text!r}: expected numbers with commas, e.g. 0,3,5') from None
 
 def _save_images(images, labels, folder):
     "Write PNG files, and return their names."
@@ -310,7 +327,7 @@ def sample(
     "Sample images."
     source = find_source(src, variant=variant)
     if out.exists() and any(out.iterdir()) and not force:
-        raise FileExistsError(f'{str(out)!r} exists and is not empty; give another folder, or --force to write into it')
+        raise FileExistsError(f'{str(out)!r} exists and is not empty; give another folder, or --force')
     start = time.perf_counter()
     settings = dict(seed=seed, steps=steps, guidance_scale=guidance, classes=_numbers(classes), prompt=prompt)
     images, labels = _draw(load_pipeline(source), n, **settings)
@@ -320,7 +337,7 @@ def sample(
 
 # %% ../nbs/12_command/40_cli.ipynb #99eaaf28
 def _judge(images, labels, reference=None):
-    "What we can say about images: accuracy where the shipped classifier knows the classes, and PSNR against other images."
+    "Accuracy of images where the shipped classifier knows the classes, and PSNR against other images."
     compare, result = aquatic_nb.samples.compare, dict(n=len(images))
     if tuple(images.shape[1:]) == (1, 32, 32) and labels and max(labels) < 10:
         classifier = aquatic_nb.zoo.load_mini_classifier()
@@ -333,9 +350,10 @@ def _judge(images, labels, reference=None):
 _ToJudge = _argument(str, 'A pipeline folder, packed or not; mini-ldm; or ldm4, the published benchmark.')
 _Against = _option(Optional[str], 'Another pipeline: PSNR at equal seeds is measured against its images.')
 _ManyJudged = _option(Optional[int], 'How many images: 300, for ldm4 50,000.', '--n', '--samples', min=1)
-_Scale = _option(Optional[float], f"Guidance scale; where not given {SAMPLING_GUIDANCE:g}, for ldm4 the benchmark's.", '--guidance', '--scale')
+_Scale = _option(Optional[float], f'Guidance scale; where not given {SAMPLING_GUIDANCE:g}, for ldm4 that of '
+                 'the benchmark.', '--guidance', '--scale')
 _Ckpt = _option(Optional[Path], 'ldm4: the checkpoint cin256-v2, or what convert-ldm4 made of it.')
-_ManyBits = _option(Optional[list[float]], 'ldm4: stored bits a weight, 2 where not given; again for more models.')
+_ManyBits = _option(Optional[list[float]], 'ldm4: stored bits a weight, 2 where not given; again for more.')
 _BenchActBits = _option(int, 'ldm4: bits of activations, 32 to leave them alone.')
 _BenchTune = _option(Optional[float], 'ldm4: minutes of distillation.')
 _Labels = _option(str, 'ldm4: random, or balanced.')
@@ -344,9 +362,10 @@ _Inception = _option(Optional[Path], "ldm4: the Inception weights; torch's cache
 _Vgg = _option(Optional[Path], "ldm4: torchvision's VGG16 weights, for LPIPS.")
 _Lpips = _option(Optional[Path], "ldm4: torch-fidelity's LPIPS weights; torch's cache where not given.")
 _Batch = _option(int, 'ldm4: images in one call.', min=1)
-_Runs = _option(Path, 'ldm4: folder for samples, quantized layers, features and run.json; give it again to go on.')
+_Runs = _option(Path, 'ldm4: folder for samples, quantized layers, features and run.json; give it again to '
+                'go on.')
 
-# %% ../nbs/12_command/40_cli.ipynb #fc80852b
+# %% ../nbs/12_command/40_cli.ipynb #18ceba4c
 @app.command()
 @_guarded
 def evaluate(
@@ -373,44 +392,52 @@ def evaluate(
     as_json:_Json=False,      # result as JSON
     debug:_Debug=False,       # show where an error comes from
 ):
-    "Class accuracy (shipped model), and PSNR against another model at equal seeds. With ldm4: the published benchmark, alone or in many processes."
+    "Class accuracy (shipped model), PSNR against another at equal seeds; with ldm4 the published benchmark."
     scale = {} if guidance is None else dict(guidance_scale=guidance)
     if src == 'ldm4' and (ckpt is not None or not Path(src).exists()):
         if against or classes or prompt or variant:
-            raise ValueError('evaluate ldm4: --against, --classes, --prompt and --variant belong to other models; leave them out')
+            raise ValueError('evaluate ldm4: --against, --classes, --prompt and --variant belong to other '
+                             'models; leave them out')
         protocol = dict(samples=n or 50_000, steps=steps, labels=labels, seed=seed, batch_size=batch) | scale
-        model, judges = dict(bits=tuple(bits or (2.,)), act_bits=act_bits, tune=tune), dict(reference=reference, inception=inception, vgg=vgg, heads=lpips)
+        model = dict(bits=tuple(bits or (2.,)), act_bits=act_bits, tune=tune)
+        judges = dict(reference=reference, inception=inception, vgg=vgg, heads=lpips)
         return _evaluate_benchmark(ckpt, out, protocol, model, judges, as_json)
     settings = dict(seed=seed, steps=steps, classes=_numbers(classes), prompt=prompt) | scale
     _give(_evaluate_pipelines(src, against, variant, n or 300, settings), as_json)
 
-# %% ../nbs/12_command/40_cli.ipynb #b9c0314b
+# %% ../nbs/12_command/40_cli.ipynb #16bab42f
 def _evaluate_pipelines(src, against, variant, n, settings):
     "Sample from one pipeline or two, and judge."
     sources = [find_source(src, variant=variant), *([] if against is None else [find_source(against)])]
     found = [_draw(load_pipeline(s), n, desc=s.path.name, **settings) for s in sources]
     result = _judge(*found[0], *[images for images, _ in found[1:]])
     if len(result) > 1: return result
-    raise ValueError('for this model there is nothing to measure without a reference; give --against, e.g. the dense pipeline')
+    raise ValueError('for this model there is nothing to measure without a reference; give --against, e.g. '
+                     'the dense pipeline')
 
 def _evaluate_benchmark(ckpt, out, protocol, model, judges, as_json):
     "The work of `aquatic evaluate ldm4`: every process shares it, the first one prints."
     ldm4, act_bits = aquatic_nb.ldm4, model['act_bits']
     if ckpt is None:
-        raise ValueError("--ckpt is missing; give the checkpoint 'cin256-v2' of github.com/CompVis/latent-diffusion, or what convert-ldm4 made of it")
-    if act_bits not in (32, 8, 6, 4): raise ValueError(f'--act-bits {act_bits}: expected 8 (usual), 6, 4, or 32 to leave activations alone')
-    distance = None if judges['vgg'] is None else lambda: aquatic_nb.metrics.lpips_distance(judges['vgg'], judges['heads'])
+        raise ValueError("--ckpt is missing; give the checkpoint 'cin256-v2' of "
+                         'github.com/CompVis/latent-diffusion, or what convert-ldm4 made of it')
+    if act_bits not in (32, 8, 6, 4):
+        raise ValueError(f'--act-bits {act_bits}: expected 8 (usual), 6, 4, or 32 to leave activations alone')
+    vgg, act_bits = judges['vgg'], None if act_bits == 32 else act_bits
+    distance = None if vgg is None else lambda: aquatic_nb.metrics.lpips_distance(vgg, judges['heads'])
     more = {} if model['tune'] is None else dict(tune=model['tune'])
+    protocol = aquatic_nb.samples.Protocol(**protocol)
     with redirect_stdout(sys.stderr): # what it has to say on the way is no result
-        table = ldm4.evaluate_ldm4(ckpt, out, model['bits'], None if act_bits == 32 else act_bits, aquatic_nb.samples.Protocol(**protocol),
-                                   judges['reference'], judges['inception'], distance, **more)
+        table = ldm4.evaluate_ldm4(ckpt, out, model['bits'], act_bits, protocol, judges['reference'],
+                                   judges['inception'], distance, **more)
     if not ldm4.ranks().is_main_process: return
-    result = dict(run=str(out/'run.json'), results=json.loads(table.to_json(orient='index')), not_computed=table.attrs['not_computed'])
+    result = dict(run=str(out/'run.json'), results=json.loads(table.to_json(orient='index')),
+                  not_computed=table.attrs['not_computed'])
     why = dict.fromkeys(f'{k}: {v}' for o in result['not_computed'].values() for k, v in o.items())
     _give(result, as_json, '\n'.join([table.to_string(), *(f'not computed: {o}' for o in why)]))
 
 # %% ../nbs/12_command/40_cli.ipynb #31f07a51
-_ToLookInto = _argument(Optional[str], 'A model or pipeline folder, or mini-ldm; this machine alone where not given.')
+_ToLookInto = _argument(Optional[str], 'A model or pipeline folder, or mini-ldm; nothing: this machine.')
 _Layers = _option(bool, 'Every layer, not only the totals.', '--layers')
 
 @app.command()
@@ -427,35 +454,40 @@ def info(
     result |= _kernels()
     lines = '\n'.join(f'{k}: {v}' for k, v in result.items())
     if table is None: return _give(result, as_json, lines)
-    _give({**result, 'layers': table.to_dict('records')}, as_json, f'{table.to_string(index=False)}\n{lines}' if layers else lines)
+    if layers: lines = f'{table.to_string(index=False)}\n{lines}'
+    _give({**result, 'layers': table.to_dict('records')}, as_json, lines)
 
 def _look_inside(source):
     "Totals of a model, and a row for each layer."
-    model = aquatic_nb.hub.load_quantized(source.model_path, variant=source.variant)
-    table, names = aquatic_nb.quant.quant_report(model), aquatic_nb.format.weight_files(source.model_path, source.variant)
+    folder, variant = source.model_path, source.variant
+    model = aquatic_nb.hub.load_quantized(folder, variant=variant)
+    names = aquatic_nb.format.weight_files(folder, variant)
+    table = aquatic_nb.quant.quant_report(model)
     packed = table[table.scheme != 'dense']
+    totals = {k: round(v, 4) for k, v in table.attrs.items()}
     return dict(model=type(model).__name__, packed_layers=len(packed), dense_layers=len(table) - len(packed),
-                **{k: round(v, 4) for k, v in table.attrs.items()}, file_bytes=sum(f.stat().st_size for f in names), files=[f.name for f in names],
+                **totals, file_bytes=sum(f.stat().st_size for f in names), files=[f.name for f in names],
                 schemes=packed.scheme.value_counts().to_dict()), table
 
 def _kernels():
     "What would run packed layers here."
-    simd, capability = aquatic_nb.cpu.use_simd(), torch.backends.cpu.get_cpu_capability()
-    return dict(kernels=sorted(aquatic_nb.layers.KERNELS), width='AVX-512' if simd else 'portable', torch=capability,
-                bfloat16=native_bfloat16(), machine=machine())
+    width = 'AVX-512' if aquatic_nb.cpu.use_simd() else 'portable'
+    return dict(kernels=sorted(aquatic_nb.layers.KERNELS), width=width, bfloat16=native_bfloat16(),
+                torch=torch.backends.cpu.get_cpu_capability(), machine=machine())
 
 # %% ../nbs/12_command/40_cli.ipynb #7f041b4e
 _ToTime = _argument(Optional[str], 'A packed model or pipeline folder; not with --peers.')
-_Peers = _option(bool, "Instead: other packages and ours, side by side on the shipped model. Takes long; absent packages are named. Install "
-                 "them with the extra 'bench'.", '--peers')
-_Only = _option(Optional[list[str]], 'With --peers: a row to make, and again for more; all where not given. Rows already in the table stay.')
+_Peers = _option(bool, 'Instead: other packages and ours, side by side on the shipped model. Takes long; '
+                 "absent packages are named. Install them with the extra 'bench'.", '--peers')
+_Only = _option(Optional[list[str]], 'With --peers: a row to make, and again for more; all where not given. '
+                'Rows already in the table stay.')
 _Tables = _option(Path, 'With --peers: folder for peers.csv, peers.md and peers.png.')
 _PeerImages = _option(int, 'With --peers: images.', min=2)
 _CallBatch = _option(int, 'Images in one call.', min=1)
 _Repeats = _option(int, 'Timed calls; the median counts.', min=1)
 _Threads = _option(Optional[int], "Threads; torch's choice where not given.", min=1)
 
-# %% ../nbs/12_command/40_cli.ipynb #56fcebba
+# %% ../nbs/12_command/40_cli.ipynb #bbef2c2e
 @app.command()
 @_guarded
 def bench(
@@ -472,23 +504,26 @@ def bench(
     as_json:_Json=False,     # result as JSON
     debug:_Debug=False,      # show where an error comes from
 ):
-    "Time one call of the denoiser, dense and with each kernel; or, with --peers, compare with other packages."
+    "Time one call of the denoiser, with each kernel; or, with --peers, compare with other packages."
     if peers and src is not None: raise ValueError(f'--peers works on the shipped model; leave out {src!r}')
-    if not peers and src is None: raise ValueError('SRC is missing; name a packed model or pipeline, or use --peers')
+    if not peers and src is None:
+        raise ValueError('SRC is missing; name a packed model or pipeline, or use --peers')
     if threads: torch.set_num_threads(threads)
-    _give(_compare_peers(out, only, n, steps, guidance) if peers else _time_kernels(find_source(src), batch, repeats), as_json)
+    if peers: return _give(_compare_peers(out, only, n, steps, guidance), as_json)
+    _give(_time_kernels(find_source(src), batch, repeats), as_json)
 
 # %% ../nbs/12_command/40_cli.ipynb #a24724f6
 def _time_kernels(source, batch, repeats):
     "One call of the denoiser, dense and with each kernel: machine, batch, and median seconds by kernel."
-    layers, model = aquatic_nb.layers, aquatic_nb.hub.load_quantized(source.model_path, variant=source.variant)
-    if not layers.packed_layers(model): raise ValueError(f'{str(source.path)!r} is not packed; quantize it first')
+    hub, layers = aquatic_nb.hub, aquatic_nb.layers
+    model = hub.load_quantized(source.model_path, variant=source.variant)
+    if not layers.packed_layers(model):
+        raise ValueError(f'{str(source.path)!r} is not packed; quantize it first')
     call, = aquatic_nb.calib.calibration_batches(model, 'auto', batch, steps=1)
     def timed(model, name): return aquatic_nb.bench.median_seconds(lambda: model(**call), repeats, name)
-    times = {}
-    for kernel in ['auto', 'dense', *sorted(k for k in layers.KERNELS if k != 'dense')]:
-        times[kernel] = timed(layers.set_kernel(model, kernel), kernel)
-    times['unpacked'] = timed(aquatic_nb.hub.dequantize(model), 'unpacked')
+    names = ['auto', 'dense', *sorted(k for k in layers.KERNELS if k != 'dense')]
+    times = {k: timed(layers.set_kernel(model, k), k) for k in names}
+    times['unpacked'] = timed(hub.dequantize(model), 'unpacked')
     return dict(machine=machine(), batch=batch, seconds={k: round(v, 5) for k, v in times.items()})
 
 def _compare_peers(out, only, n, steps, guidance):
@@ -497,7 +532,8 @@ def _compare_peers(out, only, n, steps, guidance):
     table = bench.run_peers(out/'peers.csv', only or None, n, steps, guidance)
     write_atomic(out/'peers.md', (bench.peers_text(table) + '\n').encode())
     bench.plot_peers(table, out/'peers.png')
-    return dict(table=str(out/'peers.csv'), text=str(out/'peers.md'), picture=str(out/'peers.png'), rows=json.loads(table.to_json(orient='records')))
+    paths = dict(table='peers.csv', text='peers.md', picture='peers.png')
+    return {k: str(out/v) for k, v in paths.items()} | dict(rows=json.loads(table.to_json(orient='records')))
 
 # %% ../nbs/12_command/40_cli.ipynb #ea80e86f
 _Original = _argument(Path, 'The original checkpoint, e.g. model.ckpt of cin256-v2.')
@@ -515,7 +551,8 @@ def convert(
     debug:_Debug=False, # show where an error comes from
 ):
     "Turn an original LDM-4 checkpoint into a diffusers pipeline folder."
-    if not ckpt.exists(): raise FileNotFoundError(f'{str(ckpt)!r} does not exist; give the original checkpoint file')
+    if not ckpt.exists():
+        raise FileNotFoundError(f'{str(ckpt)!r} does not exist; give the original checkpoint file')
     with redirect_stdout(sys.stderr): dst = aquatic_nb.zoo.convert_ldm4(ckpt, dst, config)
     _give(dict(dst=str(dst), sha256=sha256_of(ckpt)), as_json)
 
@@ -529,7 +566,8 @@ def version(
     "Versions and machine."
     found = {k: metadata.version(k) for k in ('diffusers', 'safetensors', 'numba')}
     result = dict(aquatic_nb=aquatic_nb.__version__, torch=torch.__version__, **found)
-    _give({**result, 'machine': machine()}, as_json, ', '.join(f'{k} {v}' for k, v in result.items()) + f'\n{machine()}')
+    text = ', '.join(f'{k} {v}' for k, v in result.items())
+    _give({**result, 'machine': machine()}, as_json, f'{text}\n{machine()}')
 
 # %% ../nbs/12_command/40_cli.ipynb #5abd5c28
 _DemoFolder = _option(Path, 'Folder for the result.')
@@ -559,7 +597,7 @@ def demo(
         _say(f'\nfinished layers are kept in {out/"work"}: run the same command again to go on')
         raise
 
-# %% ../nbs/12_command/40_cli.ipynb #a4cf3044
+# %% ../nbs/12_command/40_cli.ipynb #4b284b86
 _QUANTIZE_ROWS = 105_000  # quantizing the shipped model takes about as long as so many rows of its U-Net
 _DEMO_STEPS, _DEMO_BATCH = 20, 16
 
@@ -583,30 +621,41 @@ def _demo_minutes(unet, n, tune):
 # %% ../nbs/12_command/40_cli.ipynb #efcb82e8
 def _run_demo(out, settings, n):
     "The work of `aquatic demo`: every number of the report."
-    zoo, drawing = aquatic_nb.zoo, dict(batch=_DEMO_BATCH, seed=settings['seed'], steps=_DEMO_STEPS)
+    hub, quant, zoo, seed = aquatic_nb.hub, aquatic_nb.quant, aquatic_nb.zoo, settings['seed']
     pipe = zoo.load_mini_ldm()
     minutes = _demo_minutes(pipe.unet, n, settings['tune'])
-    _say(f'demo: {n} images of the shipped model at full precision, its U-Net quantized to {settings["bits"]:g} bits a weight and tuned for '
-         f'{settings["tune"]:g} minutes, saved, loaded, {n} images again; about {minutes:.0f} minutes here ({machine()})')
-    before = dict(file_bytes_original=_file_bytes(zoo.mini_path('unet')), ram_bytes_original=sum(p.nbytes for p in pipe.unet.parameters()))
+    ram = sum(p.nbytes for p in pipe.unet.parameters())
+    _say(_announcement(settings, n, minutes))
+    def draw(pipe, desc): return _draw(pipe, n, _DEMO_BATCH, desc, seed=seed, steps=_DEMO_STEPS)
     with _stages('demo', 5) as (stage, seconds):
-        images, labels = stage('sample full precision', lambda: _draw(pipe, n, desc='full precision', **drawing))
-        stage('quantize', lambda: aquatic_nb.quant.quantize(pipe.unet, calibration=pipe, work_dir=out/'work', **settings))
-        stage('save', lambda: aquatic_nb.hub.save_quantized(pipe, out/'model', force=True))
+        images, labels = stage('sample full precision', lambda: draw(pipe, 'full precision'))
+        options = dict(settings, calibration=pipe, work_dir=out/'work')
+        stage('quantize', lambda: quant.quantize(pipe.unet, **options))
+        stage('save', lambda: hub.save_quantized(pipe, out/'model', force=True))
         packed = stage('load packed', lambda: load_pipeline(Source(out/'model', 'unet')))
-        small, _ = stage('sample quantized', lambda: _draw(packed, n, desc='quantized', **drawing))
+        small, _ = stage('sample quantized', lambda: draw(packed, 'quantized'))
     shutil.rmtree(out/'work', ignore_errors=True)
-    table, ram = aquatic_nb.quant.quant_report(packed.unet), sum(p.nbytes for p in packed.unet.parameters())
-    result = dict(_judge(small, labels, images), **before, file_bytes=_file_bytes(out/'model'/'unet'), ram_bytes=ram, seconds=seconds,
-                  estimated_minutes=round(minutes, 1), machine=machine(), settings=settings)
-    return _write_demo(out, result, table, lambda tmp: _side_by_side(images, small, labels, tmp))
+    found = dict(_judge(small, labels, images), seconds=seconds, estimated_minutes=round(minutes, 1),
+                 file_bytes=_file_bytes(out/'model'/'unet'),
+                 file_bytes_original=_file_bytes(zoo.mini_path('unet')),
+                 ram_bytes=sum(p.nbytes for p in packed.unet.parameters()), ram_bytes_original=ram,
+                 machine=machine(), settings=settings)
+    picture = lambda path: _side_by_side(images, small, labels, path)
+    return _write_demo(out, found, quant.quant_report(pipe.unet), picture)
 
-# %% ../nbs/12_command/40_cli.ipynb #63b26904
+# %% ../nbs/12_command/40_cli.ipynb #aa364cb8
+def _announcement(settings, n, minutes):
+    "What the demo will do, and about how long that takes here."
+    return (f'demo: {n} images of the shipped model at full precision; its U-Net quantized to '
+            f'{settings["bits"]:g} bits a weight, tuned for {settings["tune"]:g} minutes, saved and loaded; '
+            f'{n} images again. About {max(1, round(minutes))} minutes here ({machine()})')
+
 def _write_demo(out, found, table, picture):
     "Pictures, table and report of the demo; the numbers under the names that `--json` keeps."
-    result = dict(bits_quantized=round(table.attrs['bits'], 3), bits_all=round(table.attrs['bits_all'], 3),
-                  packed_layers=int((table.scheme != 'dense').sum()), dense_layers=int((table.scheme == 'dense').sum()),
-                  images=found.pop('n'), accuracy_full_precision=found.pop('accuracy_reference'), **found)
+    packed, bits = int((table.scheme != 'dense').sum()), table.attrs
+    result = dict(bits_quantized=round(bits['bits'], 3), bits_all=round(bits['bits_all'], 3),
+                  packed_layers=packed, dense_layers=len(table) - packed, images=found.pop('n'),
+                  accuracy_full_precision=found.pop('accuracy_reference'), **found)
     write_atomic(out/'side_by_side.png', picture)
     table.to_csv(out/'report.csv', index=False)
     write_atomic(out/'report.md', _report_text(result).encode())
@@ -618,13 +667,14 @@ def _side_by_side(before, after, labels, path, columns=8):
     "Rows of classes, full precision above quantized, with labels, as a PNG."
     import matplotlib.pyplot as plt
     classes, names = sorted(set(labels)), aquatic_nb.zoo.MINI_CLASSES
-    fig, axes = plt.subplots(2*len(classes), columns, figsize=(columns*.8 + 1.6, len(classes)*1.7), squeeze=False)
+    size = columns*.8 + 1.6, len(classes)*1.7
+    fig, axes = plt.subplots(2*len(classes), columns, figsize=size, squeeze=False)
     for r, c in enumerate(classes):
         own = [i for i, l in enumerate(labels) if l == c][:columns]
         for k, (x, what) in enumerate(((before, 'full precision'), (after, 'quantized'))):
             row = axes[2*r + k]
             for ax in row: ax.set_axis_off()
-            for ax, i in zip(row, own): ax.imshow(x[i].permute(1, 2, 0).squeeze(-1), cmap='gray', vmin=0, vmax=1)
+            for ax, i in zip(row, own): ax.imshow(x[i].permute(1, 2, 0), cmap='gray', vmin=0, vmax=1)
             title = f'{names[c]}\n{what}' if k == 0 else what
             row[0].text(-.15, .5, title, transform=row[0].transAxes, ha='right', va='center', fontsize=11)
     fig.subplots_adjust(left=.2, right=.99, top=.99, bottom=.01, wspace=.03, hspace=.06)
@@ -641,10 +691,13 @@ def _report_text(r):
             ('U-Net in memory', mb(r['ram_bytes_original']), mb(r['ram_bytes'])),
             (f'class accuracy, {r["images"]} images', r['accuracy_full_precision'], r['accuracy']),
             ('PSNR against full precision, same seeds, dB', '', r['psnr_db'])]
-    text = ['# aquatic demo', '', f'{r["packed_layers"]} layers packed, {r["dense_layers"]} dense. Settings: {r["settings"]}. {r["machine"]}.',
-            '', '![full precision above quantized](side_by_side.png)', '', '| | full precision | quantized |', '|---|---|---|']
-    text += [f'| {a} | {b} | {c} |' for a, b, c in rows]
-    text += ['', '| stage | seconds |', '|---|---|'] + [f'| {k} | {v} |' for k, v in r['seconds'].items()]
-    text += ['', f'{sum(r["seconds"].values())/60:.1f} minutes in all; said beforehand: {r["estimated_minutes"]}. Every layer is in report.csv. The original is '
-             'stored as fp16 and computed as fp32. PSNR is taken over all images together, pixels in 0..1.', '']
+    layers = f'{r["packed_layers"]} layers packed, {r["dense_layers"]} dense.'
+    text = ['# aquatic demo', '', f'{layers} Settings: {r["settings"]}. {r["machine"]}.', '',
+            '![full precision above quantized](side_by_side.png)', '',
+            '| | full precision | quantized |', '|---|---|---|',
+            *(f'| {a} | {b} | {c} |' for a, b, c in rows), '',
+            '| stage | seconds |', '|---|---|', *(f'| {k} | {v} |' for k, v in r['seconds'].items()), '',
+            f'{sum(r["seconds"].values())/60:.1f} minutes in all; said beforehand: {r["estimated_minutes"]}. '
+            'Every layer is in report.csv. The original is stored as fp16 and computed as fp32. PSNR is '
+            'taken over all images together, pixels in 0..1.', '']
     return '\n'.join(text)

@@ -6,7 +6,7 @@
 __all__ = ['Source', 'find_source', 'empty_model', 'load_pipeline', 'load_source', 'read_prompts', 'parse_overrides',
            'NotEnoughMemory', 'free_memory', 'memory_needed', 'check_memory', 'check_destination']
 
-# %% ../nbs/12_command/39_sources.ipynb #e5084597
+# %% ../nbs/12_command/39_sources.ipynb #8552de82
 import json
 import math
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ import torch
 import aquatic_nb
 from .kaq import packable
 
-# %% ../nbs/12_command/39_sources.ipynb #3962833e
+# %% ../nbs/12_command/39_sources.ipynb #c837ae3b
 _SHIPPED = ('mini-ldm',)
 _DENOISERS = ('unet', 'transformer')
 
@@ -34,7 +34,7 @@ class Source:
     def model_path(self): # the folder that describes the model
         return self.config or (self.path if self.part is None else self.path/self.part)
 
-# %% ../nbs/12_command/39_sources.ipynb #163ecd01
+# %% ../nbs/12_command/39_sources.ipynb #40f7fc03
 def _variants(folder):
     "The variants of the weights in a model folder; '' stands for files without one."
     found = set()
@@ -45,12 +45,13 @@ def _variants(folder):
     return found
 
 def _choose_variant(folders, wanted):
-    "The variant to load from model folders, None for files without one; ValueError where that is not to be told."
+    "The variant to load from model folders, None for files without one; ValueError where one has to choose."
     offered = [o for o in map(_variants, folders) if o]
     if wanted:
         if offered and not any(wanted in o for o in offered):
             names = sorted(set().union(*offered) - {''}) or 'none'
-            raise ValueError(f'--variant {wanted}: no weights of that variant in {str(folders[0])!r}; there is {names}')
+            raise ValueError(f'--variant {wanted}: no weights of that variant in {str(folders[0])!r}; there '
+                             f'is {names}')
         return wanted
     lacking = [o for o in offered if '' not in o]
     if not lacking: return None
@@ -59,7 +60,7 @@ def _choose_variant(folders, wanted):
     names = sorted(set().union(*lacking))
     raise ValueError(f'{str(folders[0])!r} has weights of several variants, {names}; choose with --variant')
 
-# %% ../nbs/12_command/39_sources.ipynb #7a2320e3
+# %% ../nbs/12_command/39_sources.ipynb #4aa12da0
 def _components(path):
     "The folders of a pipeline that hold a model."
     return sorted(o for o in path.iterdir() if o.is_dir() and (o/'config.json').is_file())
@@ -84,16 +85,18 @@ def find_source(
     if src in _SHIPPED and not Path(src).exists(): return Source(aquatic_nb.zoo.mini_path(), 'unet')
     path = Path(src)
     if not path.exists():
-        raise FileNotFoundError(f'{src!r} does not exist; give a diffusers folder, a pipeline folder, a .safetensors file, '
-                                f'or one of {", ".join(_SHIPPED)}')
+        raise FileNotFoundError(f'{src!r} does not exist; give a diffusers folder, a pipeline folder, a '
+                                f'.safetensors file, or one of {", ".join(_SHIPPED)}')
     if path.is_file(): return _in_file(path, config)
-    if config is not None: raise ValueError(f'--config describes a single file, and {src!r} is a folder; leave it out')
+    if config is not None:
+        raise ValueError(f'--config describes a single file, and {src!r} is a folder; leave it out')
     if (path/'model_index.json').is_file(): return _in_pipeline(path, part, variant)
     if part is not None: raise ValueError(f'--part {part}: {src!r} is no pipeline; leave it out')
     if (path/'config.json').is_file(): return Source(path, variant=_choose_variant([path], variant))
-    raise ValueError(f'{src!r} holds neither model_index.json nor config.json: no diffusers model or pipeline; give the folder that does')
+    raise ValueError(f'{src!r} holds neither model_index.json nor config.json: no diffusers model or '
+                     'pipeline; give the folder that does')
 
-# %% ../nbs/12_command/39_sources.ipynb #ef8a129d
+# %% ../nbs/12_command/39_sources.ipynb #7d9f98d8
 _CONFIGS = ('sd15', 'sdxl')
 _PREFIX = 'model.diffusion_model.'   # of the U-Net in the original's files
 
@@ -102,31 +105,34 @@ def _config_folder(config):
     if config in _CONFIGS: return Path(str(files('aquatic_nb')))/'assets'/'configs'/config/'unet'
     for folder in (Path(config)/'unet', Path(config)):
         if (folder/'config.json').is_file(): return folder
-    raise ValueError(f'--config {config!r}: expected {" or ".join(_CONFIGS)}, or a folder with the config.json of a U-Net')
+    raise ValueError(f'--config {config!r}: expected {" or ".join(_CONFIGS)}, or a folder with the '
+                     'config.json of a U-Net')
 
 def _in_file(path, config):
     "A model in one file."
     if path.suffix != '.safetensors':
-        raise ValueError(f'{str(path)!r} is a file, but no .safetensors; give a diffusers folder, or save it as safetensors '
-                         '(original LDM-4 checkpoints: aquatic convert-ldm4)')
+        raise ValueError(f'{str(path)!r} is a file, but no .safetensors; give a diffusers folder, or save it '
+                         'as safetensors (original LDM-4 checkpoints: aquatic convert-ldm4)')
     if config is None:
         raise ValueError(f'{str(path)!r} is a file, and does not say what model it holds; give --config '
                          f'{"|".join(_CONFIGS)}, or a folder with the config.json of its U-Net')
     if not any(k.startswith(_PREFIX) for k in aquatic_nb.format.read_header(path)):
-        raise ValueError(f'{str(path)!r} holds no tensor named {_PREFIX}*, as files of Stable Diffusion do; give one that does')
+        raise ValueError(f'{str(path)!r} holds no tensor named {_PREFIX}*, as files of Stable Diffusion do; '
+                         'give one that does')
     return Source(path, config=_config_folder(config))
 
-# %% ../nbs/12_command/39_sources.ipynb #6277f33b
+# %% ../nbs/12_command/39_sources.ipynb #5de24bbe
 def empty_model(
     source:Source, # where the model is
 ):                 # the model on the meta device
-    "A model's architecture without its weights; ValueError where it is quantized, or a single file holds another one."
+    "A model without its weights; ValueError where it is quantized, or a single file holds another one."
     from accelerate import init_empty_weights
     folder = source.model_path
     cls = aquatic_nb.hub.model_class(folder)
     config = cls.load_config(folder)
     if found := config.get('quantization_config'):
-        raise ValueError(f'{str(folder)!r} is already quantized ({found.get("quant_method")}); give the dense model')
+        method = found.get('quant_method')
+        raise ValueError(f'{str(folder)!r} is already quantized ({method}); give the dense model')
     with init_empty_weights(): model = cls.from_config(config)
     if source.config is not None: _check_file(source.path, model, folder)
     return model
@@ -134,8 +140,9 @@ def empty_model(
 def _check_file(path, model, folder):
     "ValueError where the tensors of a single file, translated, are not those of the model."
     from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
-    shapes = {k: torch.empty(shape, device='meta') for k, (_, shape, _, _) in aquatic_nb.format.read_header(path).items()}
-    lead, hint = f'{str(path)!r} does not hold the U-Net that {str(folder/"config.json")!r} describes', 'give another --config'
+    header, hint = aquatic_nb.format.read_header(path), 'give another --config'
+    shapes = {k: torch.empty(shape, device='meta') for k, (_, shape, _, _) in header.items()}
+    lead = f'{str(path)!r} does not hold the U-Net that {str(folder/"config.json")!r} describes'
     try: found = convert_ldm_unet_checkpoint(shapes, model.config)
     except (KeyError, IndexError) as e: raise ValueError(f'{lead}: it has no {e.args[0]}; {hint}') from e
     want = model.state_dict()
@@ -143,18 +150,21 @@ def _check_file(path, model, folder):
         a, b = (tuple(o[name].shape) if name in o else 'missing' for o in (found, want))
         if a != b: raise ValueError(f'{lead}: {name!r} is {a} in the file, {b} by the description; {hint}')
 
-# %% ../nbs/12_command/39_sources.ipynb #18e3003e
+# %% ../nbs/12_command/39_sources.ipynb #cd2f8c0f
 def load_pipeline(
     source:Source, # a pipeline
 ):                 # the pipeline
     "Load a pipeline of diffusers, or of this package, from safetensors only."
     from diffusers import DiffusionPipeline
     if source.part is None:
-        raise ValueError(f'{str(source.path)!r} is a model, not a pipeline; give a pipeline folder (quantize a pipeline to get a packed one)')
+        raise ValueError(f'{str(source.path)!r} is a model, not a pipeline; give a pipeline folder (quantize '
+                         'a pipeline to get a packed one)')
     name = json.loads((source.path/'model_index.json').read_text(encoding='utf-8')).get('_class_name')
-    cls = aquatic_nb.zoo.ClassConditionalLDMPipeline if name == 'ClassConditionalLDMPipeline' else DiffusionPipeline
+    ours = name == 'ClassConditionalLDMPipeline'
+    cls = aquatic_nb.zoo.ClassConditionalLDMPipeline if ours else DiffusionPipeline
     aquatic_nb.format.StoredModel(aquatic_nb.format.weight_files(source.model_path, source.variant))
-    pipe = cls.from_pretrained(source.path, local_files_only=True, use_safetensors=True, variant=source.variant, torch_dtype=torch.float32)
+    pipe = cls.from_pretrained(source.path, local_files_only=True, use_safetensors=True,
+                               variant=source.variant, torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -163,14 +173,16 @@ def load_source(
 )->tuple:          # (what is to be saved: a pipeline or a model; the model itself)
     "Load a model, with the pipeline around it where there is one."
     if source.part is not None: return (pipe := load_pipeline(source)), getattr(pipe, source.part)
-    if source.config is None: model = aquatic_nb.hub.load_quantized(source.path, variant=source.variant, torch_dtype=torch.float32)
+    hub, config = aquatic_nb.hub, source.config
+    if config is None:
+        model = hub.load_quantized(source.path, variant=source.variant, torch_dtype=torch.float32)
     else:
-        cls = aquatic_nb.hub.model_class(source.config)
-        model = cls.from_single_file(str(source.path), config=str(source.config), local_files_only=True, torch_dtype=torch.float32)
-        model.register_to_config(_name_or_path=str(source.config)) # beside it lies the scheduler
+        read = hub.model_class(config).from_single_file
+        model = read(str(source.path), config=str(config), local_files_only=True).float()
+        model.register_to_config(_name_or_path=str(config)) # beside it lies the scheduler
     return model, model
 
-# %% ../nbs/12_command/39_sources.ipynb #54253478
+# %% ../nbs/12_command/39_sources.ipynb #b612067e
 def read_prompts(
     path, # a text file, UTF-8
 )->list:  # of texts
@@ -178,8 +190,10 @@ def read_prompts(
     raw = Path(path).read_bytes()
     try: text = raw.decode('utf-8-sig')
     except UnicodeDecodeError as e:
-        raise ValueError(f'--prompts {str(path)!r} is not UTF-8 text (byte 0x{raw[e.start]:02x} at {e.start}); save it as UTF-8') from None
-    if '\0' in text: raise ValueError(f'--prompts {str(path)!r} is not UTF-8 text (it holds zero bytes); save it as UTF-8')
+        at = f'byte 0x{raw[e.start]:02x} at {e.start}'
+        raise ValueError(f'--prompts {str(path)!r} is not UTF-8 text ({at}); save it as UTF-8') from None
+    if '\0' in text:
+        raise ValueError(f'--prompts {str(path)!r} is not UTF-8 text (it holds zero bytes); save it as UTF-8')
     prompts = [o.strip() for o in text.splitlines() if o.strip()]
     if not prompts: raise ValueError(f'--prompts {str(path)!r} holds no prompt; write one a line')
     return prompts
@@ -192,12 +206,13 @@ def parse_overrides(
     for text in texts or []:
         pattern, sign, setting = text.rpartition('=')
         if not (pattern and sign and setting):
-            raise ValueError(f'--override {text!r}: expected PATTERN=SETTING, e.g. "mid_block.*=dense" or "conv_in=8"')
+            raise ValueError(f'--override {text!r}: expected PATTERN=SETTING, e.g. "mid_block.*=dense" or '
+                             '"conv_in=8"')
         out.pop(pattern, None)
         out[pattern] = int(setting) if setting.isdecimal() else setting
     return out
 
-# %% ../nbs/12_command/39_sources.ipynb #8b58f04a
+# %% ../nbs/12_command/39_sources.ipynb #c360074b
 class NotEnoughMemory(ValueError): "A request that would not fit into this machine's memory."
 
 def free_memory()->int|None: # bytes, or None where the system does not tell
@@ -207,10 +222,11 @@ def free_memory()->int|None: # bytes, or None where the system does not tell
     lines = info.read_text(encoding='ascii').splitlines()
     free = int(next(o for o in lines if o.startswith('MemAvailable')).split()[1])*1024
     limit, used = Path('/sys/fs/cgroup/memory.max'), Path('/sys/fs/cgroup/memory.current')
-    if not (limit.exists() and used.exists()) or (text := limit.read_text(encoding='ascii').strip()) == 'max': return free
-    return min(free, int(text) - int(used.read_text(encoding='ascii')))
+    if not (limit.exists() and used.exists()): return free
+    most = limit.read_text(encoding='ascii').strip()
+    return free if most == 'max' else min(free, int(most) - int(used.read_text(encoding='ascii')))
 
-# %% ../nbs/12_command/39_sources.ipynb #17d6d8b3
+# %% ../nbs/12_command/39_sources.ipynb #8037fae2
 def memory_needed(
     model,           # the model, on the meta device or not
     bits:float,      # asked for
@@ -221,8 +237,8 @@ def memory_needed(
     weights = [m.weight for m in packable(model).values()]
     fan_in, numels = [math.prod(w.shape[1:]) for w in weights], [w.numel() for w in weights]
     held = max(8*max(fan_in)**2, min(moments, sum(4*n**2 for n in fan_in)))
-    need = dict(model=sum(p.nbytes for p in model.parameters()), packed=int(sum(numels)*bits/8), moments=held if calibrated else 0,
-                encoder=16*max(numels), libraries=2**29)
+    need = dict(model=sum(p.nbytes for p in model.parameters()), packed=int(sum(numels)*bits/8),
+                moments=held if calibrated else 0, encoder=16*max(numels), libraries=2**29)
     return {**need, 'total': sum(need.values())}
 
 def check_memory(
@@ -232,19 +248,22 @@ def check_memory(
     "NotEnoughMemory where it does not fit, with what would."
     if free is None or need['total'] <= free: return
     gb = lambda n: f'{n/2**30:.2f} GB'
-    fits, parts = free - need['total'] + need['moments'], ', '.join(f'{k} {gb(v)}' for k, v in need.items() if k != 'total')
-    hint = (f'--memory {fits/2**30:.1f} would fit' if fits > 2**28 else '--no-calibration needs no moments' if fits > 0
-            else 'it needs a larger machine')
+    fits = free - need['total'] + need['moments']
+    parts = ', '.join(f'{k} {gb(v)}' for k, v in need.items() if k != 'total')
+    if fits > 2**28: hint = f'--memory {fits/2**30:.1f} would fit'
+    else: hint = '--no-calibration needs no moments' if fits > 0 else 'it needs a larger machine'
     raise NotEnoughMemory(f'this needs about {gb(need["total"])} ({parts}), and {gb(free)} are free; {hint}')
 
-# %% ../nbs/12_command/39_sources.ipynb #8efac7e5
+# %% ../nbs/12_command/39_sources.ipynb #54de45bb
 def check_destination(
     dst:Path,   # where to
     src:Path,   # the source's folder or file
     force:bool, # replace what is there
 ):
     "FileExistsError or ValueError unless a model may be written to DST; asked before any work."
-    if dst.exists() and not force: raise FileExistsError(f'{str(dst)!r} exists; give another folder, or --force to replace it')
+    if dst.exists() and not force:
+        raise FileExistsError(f'{str(dst)!r} exists; give another folder, or --force to replace it')
     if dst.resolve() in (src.resolve(), *src.resolve().parents):
-        raise ValueError(f'DST {str(dst)!r} is SRC or holds it; --force would remove the source: give another folder')
+        raise ValueError(f'DST {str(dst)!r} is SRC or holds it; --force would remove the source: give '
+                         'another folder')
     aquatic_nb.hub.check_replaceable(dst)
