@@ -372,16 +372,16 @@ def test_a_code_step_waits_once_a_layer_at_most():
 def pupils():
     "A student, and two teachers, on the device."
     dense = tiny().to('cuda')
-    return packed().to('cuda'), *(Teacher(dense, lambda gen: walked(dense, gen), n_walks=2, seed=seed) for seed in (0, 1))
+    return packed().to('cuda'), *(Teacher(lambda i, gen: walked(dense, gen), dense, 2, seed=seed) for seed in (0, 1))
 
 
 def test_the_distillation_loss_waits_for_nothing():
     with pretend() as device:
         student, teacher, _ = pupils()
         open_layers(student)
-        calls, _ = iid_batch(teacher, 0, 4, 0)
+        batch = iid_batch(teacher, 0, 4, 0)
         device.counts.clear(); device.places.clear()
-        distillation_loss(student, calls).backward()
+        distillation_loss(student, batch).backward()
         assert device.waits == 0, device.told()
 
 

@@ -41,7 +41,8 @@ def class_walks(
 ):                           # function (i, generator) -> Recording
     "Walks with random classes, each trajectory on a schedule of its own."
     table = pipe.class_embedding.embedding.weight.detach()
-    token = lambda labels: dict(encoder_hidden_states=table[labels.to(table.device)][:, None].to(next(model.parameters())))
+    token = lambda labels: dict(encoder_hidden_states=table[labels.to(table.device)][:,
+                                                            None].to(next(model.parameters())))
     def make(i, gen):
         labels = torch.randint(0, pipe.class_embedding.config.n_classes, (batch,), generator=gen)
         null, scale = torch.full((batch,), len(table) - 1), _drawn(guidance_scale, batch, gen)
@@ -60,7 +61,8 @@ def _own_walk(pipe, model, how, gen, condition, null=None, scale=1.):
     size = model.config.sample_size
     shape = (batch, model.config.in_channels, *((size, size) if isinstance(size, int) else size))
     noise = torch.randn(shape, generator=gen)
-    way = steps_of(copy.deepcopy(pipe.scheduler), batch, steps, gen, eta, int(torch.randint(2**31, (), generator=gen)))
+    way = steps_of(copy.deepcopy(pipe.scheduler), batch, steps, gen, eta,
+                   int(torch.randint(2**31, (), generator=gen)))
     return record_walk(model, way, noise, condition, null, scale, run=Run(progress=False))
 
 # %% ../../nbs/07_tuning/20_distill.ipynb #95059eb2
@@ -87,7 +89,8 @@ def pipeline_walks(
     texts = builtin_prompts() if prompts is None else check_prompts(prompts)
     own = getattr(names.get('guidance_scale'), 'default', None)
     if guidance_scale is None and isinstance(own, (int, float)) and own > 1: guidance_scale = (own/2, own*1.5)
-    if 'class_labels' in names: guidance_scale = None                       # such a pipeline is recorded at its own
+    if 'class_labels' in names:
+        guidance_scale = None                       # such a pipeline is recorded at its own
     def make(i, gen):
         pick = lambda n: int(torch.randint(n, (), generator=gen))
         extra = {'negative_prompt': [texts[pick(len(texts))]]*batch} if 'negative_prompt' in names and i % 4 == 3 else {}
@@ -96,16 +99,20 @@ def pipeline_walks(
         scale = _drawn(guidance_scale, 1, gen)
         scale = scale.item() if torch.is_tensor(scale) else scale
         n_steps = max(1, steps*3//4 + pick(steps//2 + 1))
-        return record(pipe, model, batch, n_steps, scale, chosen, pick(2**20), batch, extra, Run(progress=False))
+        return record(pipe, model, batch, n_steps, scale, chosen, pick(2**20), batch, extra,
+                      Run(progress=False))
     return make
 
-def _n_classes(model): return getattr(model.config, 'num_embeds_ada_norm', None) or getattr(model.config, 'num_class_embeds', None) or 1
+def _n_classes(model):
+    return getattr(model.config, 'num_embeds_ada_norm', None) or getattr(model.config, 'num_class_embeds',
+                                                            None) or 1
 
 def _seated(pipe, model):
     "A shallow copy of a pipeline in which this model sits in the place of the one of its class."
     found = [n for n, o in pipe.components.items() if type(o) is type(model)]
     if not found:
-        raise ValueError(f'Teacher: {type(pipe).__name__} holds no {type(model).__name__}; give the pipeline that the model belongs to')
+        raise ValueError(f'Teacher: {type(pipe).__name__} holds no {type(model).__name__}; give the '
+                         f'pipeline that the model belongs to')
     other = copy.copy(pipe)
     setattr(other, next((n for n in found if n in ('unet', 'transformer')), found[0]), model)
     other.scheduler = copy.deepcopy(pipe.scheduler)
@@ -120,10 +127,13 @@ def _walks_of(source, model, batch, steps, options):
         return lambda i, gen: _answered(model, calls)
     if not hasattr(source, 'components'):
         if callable(source): return source
-        raise TypeError(f'Teacher: source is a {type(source).__name__}, expected a pipeline, calls of the model, or a function (i, generator) -> Recording')
-    if 'class_embedding' in source.components: return class_walks(source, model, batch or 16, steps, **given('guidance_scale', 'eta'))
+        raise TypeError(f'Teacher: source is a {type(source).__name__}, expected a pipeline, calls of the '
+                        f'model, or a function (i, generator) -> Recording')
+    if 'class_embedding' in source.components:
+        return class_walks(source, model, batch or 16, steps, **given('guidance_scale', 'eta'))
     names = inspect.signature(source.__call__).parameters
-    if not {'prompt', 'class_labels', 'image'} & set(names) and hasattr(model, 'config') and getattr(model.config, 'sample_size', None):
+    if not {'prompt', 'class_labels', 'image'} & set(names) and hasattr(model,
+                                                            'config') and getattr(model.config, 'sample_size', None):
         return plain_walks(source, model, batch or 16, steps, **given('eta'))
     return pipeline_walks(source, model, batch or 4, steps, **given('guidance_scale', 'prompts'))
 
@@ -221,7 +231,8 @@ def mark(self:Teacher) -> str:
     "Identity of the teacher: every parameter of the model, what conditions it, the settings."
     parts = getattr(self.source, 'components', {})
     modules = {n: o for n, o in parts.items() if isinstance(o, nn.Module) and type(o) is not type(self.model)}
-    configs = {n: json.dumps(dict(o.config), sort_keys=True, default=str) for n, o in parts.items() if hasattr(o, 'step')}
+    configs = {n: json.dumps(dict(o.config), sort_keys=True, default=str) for n, o in parts.items()
+               if hasattr(o, 'step')}
     calls = thin(self.source) if isinstance(self.source, Recording) else []
     return digest(self.model, modules, configs, calls, self.settings)
 
@@ -230,11 +241,14 @@ def from_disk(self:Teacher, i) -> list: # kept calls
     "Read a walk (memory-mapped), or make and write it; a file of another teacher or setting is refused."
     path = self.folder/f'walk_{i:04}.pt'
     if self.disk_mark is None: self.disk_mark = self.mark
-    if not path.exists(): write_atomic(path, lambda p: torch.save(dict(mark=self.disk_mark, walk=self.make(i)), p))
+    if not path.exists():
+        write_atomic(path, lambda p: torch.save(dict(mark=self.disk_mark, walk=self.make(i)), p))
     try: found = torch.load(path, mmap=True, weights_only=True)
-    except (RuntimeError, EOFError, KeyError, ValueError) as e: raise ValueError(f'teacher cache {path}: damaged ({e}); delete it') from e
+    except (RuntimeError, EOFError, KeyError, ValueError) as e:
+        raise ValueError(f'teacher cache {path}: damaged ({e}); delete it') from e
     if not isinstance(found, dict) or found.get('mark') != self.disk_mark:
-        raise ValueError(f'teacher cache {path}: made by another model or with other settings; delete the folder or choose another')
+        raise ValueError(f'teacher cache {path}: made by another model or with other settings; delete the '
+                         f'folder or choose another')
     return found['walk']
 
 # %% ../../nbs/07_tuning/20_distill.ipynb #a11163c1
@@ -301,13 +315,15 @@ def _placed(call, like):
         if isinstance(v, (list, tuple)): return type(v)(put(o, name) for o in v)
         if not torch.is_tensor(v): return v
         return v.to(like.device, like.dtype) if v.dtype == torch.float16 else v.to(like.device)
-    return Call(put(dict(call)), call.out.to(like.device).float(), call.step, call.guidance_scale, call.trajectory)
+    return Call(put(dict(call)), call.out.to(like.device).float(), call.step, call.guidance_scale,
+                call.trajectory)
 
 def _misses(student, call, autocast):
     "Squared error of each sample's guided answer, [n]."
     call = _placed(call, next(student.parameters()))
     device = call.out.device.type
-    with torch.autocast(device, autocast or torch.bfloat16, enabled=autocast is not None): out = answer(student, call)
+    with torch.autocast(device, autocast or torch.bfloat16, enabled=autocast is not None):
+        out = answer(student, call)
     off = call.guided(out.float()) - call.guided()
     x = next((v for v in call.values() if torch.is_tensor(v) and v.dim() == off.dim() > 2), off)
     if off.shape[1] == 2*x.shape[1]: off = off[:, :x.shape[1]]    # the other half is a variance
@@ -375,14 +391,17 @@ class TuneConfig:
 
     def __post_init__(self):
         if (self.steps is None) == (self.minutes is None):
-            raise ValueError(f'TuneConfig: give steps or minutes, got steps={self.steps}, minutes={self.minutes}')
+            raise ValueError(f'TuneConfig: give steps or minutes, got steps={self.steps}, '
+                             f'minutes={self.minutes}')
         for name in ('steps', 'minutes'):
             v = getattr(self, name)
             if v is not None and not (isinstance(v, (int, float)) and not isinstance(v, bool) and v > 0):
                 raise ValueError(f'TuneConfig: {name}={v!r}, expected a number above 0')
-        if self.mode not in ('walk', 'iid'): raise ValueError(f"TuneConfig: mode={self.mode!r}, expected 'walk' or 'iid'")
+        if self.mode not in ('walk', 'iid'): raise ValueError(f"TuneConfig: mode={self.mode!r}, expected "
+                                                              f"'walk' or 'iid'")
         if self.selector not in (None, 'A', 'B', 'C', 'random'):
-            raise ValueError(f"TuneConfig: selector={self.selector!r}, expected None, 'A', 'B', 'C' or 'random'")
+            raise ValueError(f"TuneConfig: selector={self.selector!r}, expected None, 'A', 'B', 'C' or "
+                             f"'random'")
 
 # %% ../../nbs/07_tuning/20_distill.ipynb #4b1eee86
 class TooSlow(RuntimeError): "A machine on which the time is too short for a useful number of steps."
@@ -396,10 +415,12 @@ class Pace:
         clock=time.monotonic, # seconds
     ):
         self.total, self.budget, self.warmup, self.clock = steps, None if minutes is None else 60*minutes, warmup, clock
-        self.begun, self.before, self.reserve, self.first = clock(), 0., 0., None # reserve: what the end takes; first: when steps began
+        # reserve: what the end takes; first: when steps began
+        self.begun, self.before, self.reserve, self.first = clock(), 0., 0., None
 
     @property
-    def spent(self) -> float: return self.before + self.clock() - self.begun # seconds, those of a killed run included
+    def spent(self) -> float:
+        return self.before + self.clock() - self.begun # seconds, those of a killed run included
 
     def factor(self, step:int) -> float: # 0..1
         "Of the learning rate: rising, flat, and over the last two fifths falling to zero."
@@ -446,7 +467,8 @@ class Tuner:
         groups = param_groups(student, c.lr, c.code_lr, c.betas, c.code_betas, c.lrs)
         for g in groups:
             for p in g['params']: p.requires_grad_(True)
-        self.optimizer = SeMIPV(groups, self.layers, None if c.selector in ('A', 'random') else c.selector, tau=c.tau,
+        self.optimizer = SeMIPV(groups, self.layers, None if c.selector in ('A', 'random') else c.selector,
+                                tau=c.tau,
             code_every=c.code_every, code_fraction=c.code_fraction, trust_ratio=c.trust_ratio,
             state_dtype=torch.bfloat16 if c.bf16_state else None)
         self.mean = MovingAverage([p for g in groups if g['role'] != 'codes' for p in g['params']], c.ema)
@@ -458,8 +480,10 @@ class Tuner:
 @patch
 def state_dict(self:Tuner) -> dict:
     "Everything that a killed run goes on from."
-    return dict(student=self.student.state_dict(), optimizer=self.optimizer.state_dict(), mean=self.mean.mean, step=self.step,
-                total=self.pace.total, spent=self.pace.spent, start=self.start, log=self.log, bf16=self.autocast is not None,
+    return dict(student=self.student.state_dict(), optimizer=self.optimizer.state_dict(), mean=self.mean.mean,
+                step=self.step,
+                total=self.pace.total, spent=self.pace.spent, start=self.start, log=self.log,
+                bf16=self.autocast is not None,
                 config=asdict(self.config), world=self.run.spread.world)
 
 @patch
@@ -469,7 +493,8 @@ def load_state_dict(self:Tuner, state):
     if state['config'] != asdict(self.config):
         raise ValueError('checkpoint: made with another TuneConfig; delete it, or use the same settings')
     if state['world'] != here:
-        raise ValueError(f"checkpoint: made by {state['world']} processes, these are {here}; delete it, or start as many")
+        raise ValueError(f"checkpoint: made by {state['world']} processes, these are {here}; delete it, or "
+                         f"start as many")
     self.student.load_state_dict(state['student'])
     self.optimizer.load_state_dict(state['optimizer'])
     self.mean.mean = [m.to(p) for m, p in zip(state['mean'], self.mean.params)]
@@ -481,7 +506,8 @@ def load_state_dict(self:Tuner, state):
 def measure(self:Tuner) -> float:
     "The held-out loss, as the first process finds it; nan without held-out walks."
     if self.held is None: return float('nan')
-    return self.run.spread.once(lambda: held_out_loss(self.student, self.held, weights=self.weights, autocast=self.autocast))
+    return self.run.spread.once(lambda: held_out_loss(self.student, self.held, weights=self.weights,
+                                                      autocast=self.autocast))
 
 # %% ../../nbs/07_tuning/20_distill.ipynb #6416b948
 @patch
@@ -490,14 +516,18 @@ def train_step(self:Tuner, watch) -> dict: # a row of the log
     c, opt, spread = self.config, self.optimizer, self.run.spread
     seed = c.seed + 1_000_003*spread.rank                         # each process has batches of its own
     batch = (walk_batch if c.mode == 'walk' else iid_batch)(self.teacher, self.step, c.batch, seed)
-    lucky = torch.rand((), generator=generator(c.seed, 'random reset', self.step)).item() < 1/self.teacher.steps
-    if self.step and (c.selector == 'A' and batch.restart or c.selector == 'random' and lucky): opt.invalidate('A')
+    lucky = torch.rand((),
+                       generator=generator(c.seed, 'random reset', self.step)).item() < 1/self.teacher.steps
+    if self.step and (c.selector == 'A' and batch.restart or c.selector == 'random' and lucky):
+        opt.invalidate('A')
     for g in opt.param_groups: g['lr'] = g['base_lr']*self.pace.factor(self.step)
     opt.zero_grad(set_to_none=True)
     loss = distillation_loss(self.student, batch, self.weights, self.autocast)
     if not torch.isfinite(loss):
-        raise FloatingPointError(f'tuning stopped at step {self.step}: the loss is {loss.item()}; first seen in '
-                                 f'{blame(self.student, batch)}. The last checkpoint is kept; lower lr or code_lr')
+        raise FloatingPointError(f'tuning stopped at step {self.step}: the loss is {loss.item()}; first '
+                                 f'seen in '
+                                 f'{blame(self.student, batch)}. The last checkpoint is kept; lower lr or '
+                                 f'code_lr')
     loss.backward()
     spread.average(opt)
     seen = watch(self)
@@ -578,7 +608,8 @@ def useful(self:Tuner):
     p = self.pace
     if p.budget is None or p.total is not None or self.step < 2: return
     if (n := p.expected(self.step)) < USEFUL:
-        raise TooSlow(f'{p.budget/60:g} minutes are enough for {n} steps only, {USEFUL} are the least that is worth while')
+        raise TooSlow(f'{p.budget/60:g} minutes are enough for {n} steps only, {USEFUL} are the least that '
+                      f'is worth while')
 
 @patch
 def goes_on(self:Tuner) -> bool:
@@ -630,7 +661,8 @@ def distill(
     "Tune a quantized model on its teacher's walks."
     tuner = Tuner(student, teacher, config, held, weights, run, clock)
     there = checkpoint is not None and Path(checkpoint).exists()
-    found = run.spread.once(lambda: torch.load(checkpoint, map_location='cpu', weights_only=True) if there else None)
+    found = run.spread.once(lambda: torch.load(checkpoint, map_location='cpu', weights_only=True) if there
+                            else None)
     if found is not None: tuner.load_state_dict(found)
     student.train()
     try:
@@ -639,9 +671,11 @@ def distill(
             _steps(tuner, checkpoint, every_minutes, watch, bar)
             end = tuner.finish()
     except TooSlow as e:
-        warnings.warn(f'tuning: this machine is too slow: {e}. The model is left untuned; give more minutes', stacklevel=2)
+        warnings.warn(f'tuning: this machine is too slow: {e}. The model is left untuned; give more minutes',
+                      stacklevel=2)
         end = dict(start=tuner.start, held=float('nan'), averaged=float('nan'), kept=tuner.give_back())
-    except BaseException:           # stopped by hand, or by an error: the model is as it was, what was learned is in the checkpoint
+    # stopped by hand, or by an error: the model is as it was, what was learned is in the checkpoint
+    except BaseException:
         tuner.give_back()
         raise
     finally: close_layers(student).requires_grad_(False).eval()
@@ -678,7 +712,8 @@ def check_pair(
     except (RuntimeError, TypeError, ValueError) as e:
         raise ValueError(f'distill: the student cannot be called as the teacher is: {e}') from e
     if out.shape != call.out.shape:
-        raise ValueError(f'distill: the student answers {tuple(out.shape)}, the teacher {tuple(call.out.shape)}; '
+        raise ValueError(f'distill: the student answers {tuple(out.shape)}, the teacher '
+                         f'{tuple(call.out.shape)}; '
                          'are these the same architecture?')
 
 # %% ../../nbs/07_tuning/20_distill.ipynb #9809d3bf
