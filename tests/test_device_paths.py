@@ -16,7 +16,7 @@ from torch import nn
 
 from aquatic_nb import cuda, layers
 from aquatic_nb.act import ActQuant, act_layers, attach_act
-from aquatic_nb.aq import Scheme, kmeans
+from aquatic_nb.aq import Scheme, residual_kmeans
 from aquatic_nb.calib import calibration_batches, input_moments
 from aquatic_nb.core import Run
 from aquatic_nb.encode import (encode_rows, refit_codebooks, refit_scales, relative_error, share_codebooks, start,
@@ -211,9 +211,9 @@ def test_conjugate_gradients_do_not_wait_in_each_iteration():
     assert many == few
 
 
-@pytest.mark.xfail(strict=True, reason='aq.kmeans: `empty = (torch.bincount(...) == 0).nonzero()` waits in each iteration, and `bincount` twice over')
+@pytest.mark.xfail(strict=True, reason='aq._kmeans: `empty = (torch.bincount(...) == 0).nonzero()` waits in each iteration, and `bincount` twice over')
 def test_kmeans_does_not_wait_in_each_iteration():
-    few, many = (waits_of(lambda: kmeans(torch.randn(200, 8).to('cuda'), 16, iters=n)).waits for n in (1, 4))
+    few, many = (waits_of(lambda: residual_kmeans(torch.randn(200, 8).to('cuda'), Scheme(1, 4, 8), iters=n)).waits for n in (1, 4))
     assert many == few
 
 
