@@ -14,17 +14,23 @@ from diffusers import ConfigMixin, DDIMScheduler, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
-from aquatic_nb import cuda
+from aquatic_nb import cuda, layers
 from aquatic_nb.act import ActQuant, act_layers, attach_act
-from aquatic_nb.aq import Scheme, kmeans
-from aquatic_nb.calib import calibration_batches, input_moments, walk
+from aquatic_nb.aq import Scheme, residual_kmeans
+from aquatic_nb.calib import calibration_batches, input_moments
+from aquatic_nb.core import Run
 from aquatic_nb.encode import (encode_rows, refit_codebooks, refit_scales, relative_error, share_codebooks, start,
                                sweep_codes, to_aq)
 from aquatic_nb.kaq import natural_group_size, packable
 from aquatic_nb.layers import packed_layers, pick_kernel, set_kernel, swap
-from aquatic_nb.quant import quant_report, quantize_unet
-from aquatic_nb.semi_pv import (SeMIPV, Teacher, TuneConfig, close_layers, distill, distillation_loss, iid_batch, open_layers,
-                                param_groups)
+from aquatic_nb.pack import quant_report
+from aquatic_nb.quant import quantize_unet
+from aquatic_nb.semi_pv import SeMIPV, param_groups
+from aquatic_nb.tune.distill import Teacher, TuneConfig, distill, distillation_loss, iid_batch
+from aquatic_nb.tune.layers import close_layers, open_layers, opened_layers
+from aquatic_nb.walk import record_walk, steps_of
+
+QUIET = Run(progress=False)
 
 
 class Tiny(ModelMixin, ConfigMixin):
@@ -81,9 +87,10 @@ def waits_of(stage):
 
 @pytest.fixture
 def pretended_gpu(monkeypatch):
-    "The CUDA kernels' device: the emulator."
+    "The CUDA kernels' device: the emulator; and tensors on the pretended device count as plain ones."
     if not can_emulate: pytest.skip('the emulator needs Linux and g++')
     backend = Emulator()
+    monkeypatch.setattr(layers, 'why_not_plain', lambda layer, x: None)
     monkeypatch.setattr(cuda, '_capability', lambda index: (9, 0))
     monkeypatch.setattr(cuda, 'gpu', lambda index: backend)
     return backend
@@ -204,23 +211,29 @@ def test_conjugate_gradients_do_not_wait_in_each_iteration():
     assert many == few
 
 
-@pytest.mark.xfail(strict=True, reason='aq.kmeans: `empty = (torch.bincount(...) == 0).nonzero()` waits in each iteration, and `bincount` twice over')
+@pytest.mark.xfail(strict=True, reason='aq._kmeans: `empty = (torch.bincount(...) == 0).nonzero()` waits in each iteration, and `bincount` twice over')
 def test_kmeans_does_not_wait_in_each_iteration():
-    few, many = (waits_of(lambda: kmeans(torch.randn(200, 8).to('cuda'), 16, iters=n)).waits for n in (1, 4))
+    few, many = (waits_of(lambda: residual_kmeans(torch.randn(200, 8).to('cuda'), Scheme(1, 4, 8), iters=n)).waits for n in (1, 4))
     assert many == few
 
 
 # ---------------------------------------------------------------- calibration
 
+def walked(model, gen, guidance_scale=1.5, n=4):
+    "A walk of four steps with random conditions."
+    cond, null = (dict(encoder_hidden_states=torch.randn(n, 1, 16, generator=gen).to('cuda')) for _ in range(2))
+    noise = torch.randn(n, 3, 8, 8, generator=gen)
+    return record_walk(model, steps_of(DDIMScheduler(), n, 4, gen), noise, cond, null, guidance_scale, run=QUIET)
+
+
 def test_walks_stay_on_the_device():
     with pretend() as device:
-        model = tiny().to('cuda')
-        cond, null = (dict(encoder_hidden_states=torch.randn(4, 1, 16).to('cuda')) for _ in range(2))
-        device.counts.clear()
-        batches = walk(model, DDIMScheduler(), (3, 8, 8), cond, null, steps=4)
-        assert device.waits == 0 and device.counts['to device'] <= 3                       # noise, alphas, timesteps
-        assert all(v.is_cuda for b in batches for v in b.values())
-        assert all(v.is_cuda for b in calibration_batches(model, 'auto', n=4, steps=2) for v in b.values())
+        model, gen = tiny().to('cuda'), torch.Generator().manual_seed(0)
+        device.counts.clear(); device.places.clear()
+        calls = walked(model, gen)
+        assert all(v.is_cuda for c in calls for v in c.values()) and all(c.out.is_cuda for c in calls)
+        assert device.waits == 0, device.told()
+        assert all(v.is_cuda for c in calibration_batches(model, 'auto', n=4, steps=2) for v in c.values())
 
 
 def moments_there(n):
@@ -326,8 +339,8 @@ def tuned(steps, depth=1, selector=None, code_every=100, **options):
     "Waits of some steps of SeMI-PV on the device."
     with pretend() as device:
         model = packed(depth).to('cuda')
-        layers = open_layers(model)
-        optimizer = SeMIPV(param_groups(model, **options), layers, selector, code_every=code_every)
+        open_layers(model)
+        optimizer = SeMIPV(param_groups(model, **options), opened_layers(model), selector, code_every=code_every)
         inputs = call(model)
         device.counts.clear(); device.places.clear()
         for _ in range(steps):
@@ -356,11 +369,10 @@ def test_a_code_step_waits_once_a_layer_at_most():
     assert waits <= 5 + 5, where                                                          # five layers; five for their promises, see above
 
 
-def pupils(batch=4):
-    "A teacher and a student on the device."
-    draw = lambda n, g: tuple(dict(encoder_hidden_states=torch.randn(n, 1, 16, generator=g).to('cuda')) for _ in range(2))
-    teachers = [Teacher(tiny().to('cuda'), DDIMScheduler(), draw, n_walks=2, batch=batch, steps=4, seed=s) for s in (0, 1)]
-    return packed().to('cuda'), *teachers
+def pupils():
+    "A student, and two teachers, on the device."
+    dense = tiny().to('cuda')
+    return packed().to('cuda'), *(Teacher(lambda i, gen: walked(dense, gen), dense, 2, seed=seed) for seed in (0, 1))
 
 
 def test_the_distillation_loss_waits_for_nothing():
@@ -377,7 +389,8 @@ def test_the_distillation_loss_waits_for_nothing():
 def test_distillation_stays_on_the_device(mode, selector):
     with pretend():
         student, teacher, held = pupils()
-        log = distill(student, teacher, TuneConfig(steps=2, batch=4, mode=mode, selector=selector, code_every=1, held_every=1), held=held, show=False)
+        config = TuneConfig(steps=2, batch=4, mode=mode, selector=selector, code_every=1, held_every=1, bf16=False)
+        log = distill(student, teacher, config, held=held, run=QUIET)
         assert all(p.is_cuda for p in student.parameters()) and len(packed_layers(student)) == 5
         assert log[-1]['held'] == log[-1]['held'] and log[-1]['start'] > 0
 

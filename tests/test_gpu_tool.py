@@ -11,7 +11,7 @@ import torch
 from cuda_emulator import Emulator, can_emulate, emulated
 from device_check import pretend
 
-from aquatic_nb import cuda
+from aquatic_nb import cuda, layers
 from aquatic_nb.kernels.cuda_source import SOURCES
 
 root = Path(__file__).resolve().parents[1]
@@ -130,6 +130,7 @@ def rehearsal(monkeypatch, tmp_path):
     def pretended_seconds(calls, **options):
         for f in calls: f()
         return 1e-3
+    monkeypatch.setattr(layers, 'why_not_plain', lambda layer, x: None)
     for module in (cuda, tool):
         monkeypatch.setattr(module, 'gpu', lambda index: backend)
         monkeypatch.setattr(module, 'cuda_seconds', pretended_seconds)
@@ -177,3 +178,19 @@ def test_encoding_is_measured(rehearsal, monkeypatch):
     assert all(next(m.parameters()).is_cuda for m, _ in seen) and len({str(o['work_dir']) for _, o in seen}) == 3
     weights = [next(m.parameters()).cpu() for m, _ in seen]
     assert torch.equal(weights[0], weights[1])                  # a process that goes on has the same model
+
+
+def test_tuning_is_judged(rehearsal, monkeypatch, tmp_path):
+    asked = []
+    def sampled(pipe, n, **options):
+        asked.append(pipe.unet.device if n == 2 else n)
+        return torch.full((n, 1, 32, 32), .5 + .1*(len(asked) > 1))
+    monkeypatch.setattr(tool, 'quantize_unet', lambda model, bits, **options: asked.append((bits, options)))
+    monkeypatch.setattr(tool, 'sample_images', sampled)
+    monkeypatch.setattr('diffusers.UNet2DConditionModel.save_pretrained', lambda model, folder: Path(folder).mkdir())
+    for _ in range(2):
+        row, = tool.tuned_rows(1.5, 8, 2)
+        assert abs(row['psnr'] - 20) < 1e-3 and row['act_bits'] == 8 and row['images'] == 2 and 'steps=20000' in row['recipe']
+        (tmp_path/'tuned 1.5 8'/'model').rmdir()
+    assert row['processes'] == 2 and len(asked) == 5                        # the images of full precision are kept
+    assert asked[1][0] == 1.5 and asked[1][1]['act_bits'] == 8 and asked[1][1]['tune'] is tool.FULL

@@ -21,14 +21,15 @@ from torch import nn
 
 from aquatic_nb.act import attach_act
 from aquatic_nb.aq import Scheme, decode
-from aquatic_nb.bench import compare, dense_images, labels_of, sample_images
 from aquatic_nb.core import generator, machine, write_atomic
 from aquatic_nb.cuda import (aligned, decode_into, fused_ways, job_of, measure_choices, run_on, why_not_call, why_not_device)
+from aquatic_nb.eval.samples import compare, labels_of, sample_images
 from aquatic_nb.kaq import packable
 from aquatic_nb.kernels.cuda_runtime import cuda_seconds, gpu
 from aquatic_nb.ldm4 import CONFIGS, example_inputs, meta_model
-from aquatic_nb.quant import quant_report, quantize_unet
-from aquatic_nb.semi_pv import TuneConfig
+from aquatic_nb.pack import quant_report
+from aquatic_nb.quant import quantize_unet
+from aquatic_nb.tune.distill import TuneConfig
 from aquatic_nb.zoo import load_mini_classifier, load_mini_ldm
 from cuda_cases import TOLERANCE, error, pack_randomly, random_case, random_layer, reference
 
@@ -223,12 +224,12 @@ FULL = TuneConfig(steps=20_000, batch=64, bf16=True)
 def tuned_rows(bits, act_bits, n=2000):
     "The shipped model tuned by the full recipe, and judged on n images against full precision."
     folder, pipe = work/f'tuned {bits:g} {act_bits}', load_mini_ldm().to('cuda')
+    sampling, truth = dict(n=n, steps=20, guidance_scale=1.5, seed=0), folder/'truth.pt'
     folder.mkdir(parents=True, exist_ok=True)
-    sampling = dict(steps=20, guidance_scale=1.5, seed=0)
-    truth = dense_images(pipe, n, sampling, folder)
+    if not truth.exists(): write_atomic(truth, lambda path: torch.save(sample_images(pipe, **sampling), path))
     with Spent(folder) as spent: quantize_unet(pipe.unet, bits, act_bits=act_bits, calibration=pipe, tune=FULL, work_dir=folder/'layers', seed=0)
     pipe.unet.save_pretrained(folder/'model')
-    found = compare(sample_images(pipe, n, **sampling).cpu(), truth, load_mini_classifier(), labels_of(pipe, n))
+    found = compare(sample_images(pipe, **sampling), torch.load(truth), load_mini_classifier(), labels_of(pipe, n))
     return [dict(bits=quant_report(pipe.unet).attrs['bits'], act_bits=act_bits or 16, images=n, recipe=str(FULL)) | found | spent.now()]
 
 for _short, _name in MODELS.items(): PIECES[f'encode-{_short}'] = Piece(f'quantize_unet from end to end at the size of {_name}, random weights', partial(encodings, _name))
