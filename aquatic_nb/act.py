@@ -89,6 +89,7 @@ def checkpoint_with_timestep(
 # %% ../nbs/04_layers/12_act.ipynb #06be49ad
 def _straight(x): return x + (x.round() - x).detach()     # rounds; gradient 1
 
+# %% ../nbs/04_layers/12_act.ipynb #b3470c47
 class ActQuant(nn.Module):
     "Asymmetric integer activations with a scale and a zero point for each timestep bucket."
     def __init__(self,
@@ -121,6 +122,7 @@ class ActQuant(nn.Module):
         return f'{self.bits} bits, {len(self.timesteps)} timesteps' + (f', split at {self.split}'
                                                             if self.split else '')
 
+# %% ../nbs/04_layers/12_act.ipynb #948d5457
 def check_act_bits(
     bits, # activation bits
 ):
@@ -156,6 +158,7 @@ def rows(self:ActQuant, x):
     zero = self.zero[i].clamp(0, 2**self.bits - 1)
     return self.scale[i].clamp(min=1e-12), _straight(zero)
 
+# %% ../nbs/04_layers/12_act.ipynb #620844fd
 @patch
 def spread(self:ActQuant, table, x):
     "A table [n, H] in the shape that broadcasts against x: channels are dim 1 of maps, else the last."
@@ -202,6 +205,7 @@ def sample_values(
     weights[:keep] = (len(v) - 2*extremes)/keep
     return values, weights
 
+# %% ../nbs/04_layers/12_act.ipynb #56bd7a3a
 def range_error(
     v:Tensor,  # [n] values
     w:Tensor,  # [n] weights
@@ -263,6 +267,7 @@ def choose_buckets(
     if len(distinct) <= n_buckets: return distinct.to(torch.int32)
     return torch.linspace(distinct[0].item(), distinct[-1].item(), n_buckets).round().to(torch.int32)
 
+# %% ../nbs/04_layers/12_act.ipynb #d184b31c
 class InputWatch:
     "Samples of one layer's inputs, by timestep bucket."
     def __init__(self, name, timesteps, split, generator, keep=512, extremes=24, calls=4):
@@ -321,6 +326,7 @@ def _call_times(model, batches)->Tensor:
     times = [t.cpu() for t in times if t is not None]
     return torch.cat(times) if times else torch.zeros(1)
 
+# %% ../nbs/04_layers/12_act.ipynb #0f247d8b
 @torch.no_grad()
 def attach_act(
     model:nn.Module,        # a model with packed layers; changed in place

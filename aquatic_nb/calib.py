@@ -43,6 +43,7 @@ def class_conditions(
     token = lambda i: dict(encoder_hidden_states=table[i][:, None])
     return token(labels), token(torch.full_like(labels, len(table) - 1))
 
+# %% ../nbs/03_encoder/09_calib.ipynb #2fa619b3
 def _walk_classes(pipe, n, steps, guidance_scale, run):
     "A walk through the classes in turn."
     gen = generator(run.seed, 'walk')
@@ -72,6 +73,7 @@ def _auto_conditions(model, n, seed, tokens=8):
     _check_auto(model, names, cond)
     return cond
 
+# %% ../nbs/03_encoder/09_calib.ipynb #0b7b58c8
 def _check_auto(model, names, made):
     "ValueError where a model wants an argument that we cannot make up."
     kind = type(model).__name__
@@ -108,6 +110,7 @@ def own_scheduler(
                                     clip_sample=False)
     return guess, 'assumed: scaled linear betas .0015 to .0195, epsilon prediction'
 
+# %% ../nbs/03_encoder/09_calib.ipynb #cfa335a7
 def _walk_auto(model, n, steps, run):
     "A walk with made-up conditions."
     condition = _auto_conditions(model, n, run.seed)
@@ -123,7 +126,7 @@ def _walk_auto(model, n, steps, run):
 # %% ../nbs/03_encoder/09_calib.ipynb #c582196d
 def calibration_batches(
     model:nn.Module,      # the model to be quantized
-    calibration='auto',   # list of inputs (dicts, (args, kwargs)), a function that runs it, a pipeline, 'auto'
+    calibration='auto',   # list of inputs (dicts, (args, kwargs)), a function, a pipeline, 'auto'
     n:int=24,             # trajectories
     steps:int=20,         # timesteps of a trajectory
     guidance_scale=None,  # of the walk; None: 3 for class-conditional pipelines, else the pipeline's own
@@ -193,6 +196,7 @@ class Moments:
 
 class _Stop(Exception): "Raised by a hook when everything that was asked for has been seen."
 
+# %% ../nbs/03_encoder/09_calib.ipynb #208df277
 def execution_order(
     model:nn.Module, # the denoiser
     call,            # a `Call`, or a dict of forward inputs
@@ -239,6 +243,7 @@ class _Pass(threading.local):
         self.rows, self.seen, self.alias, self.left = {}, {}, {}, set(layers)
         self.call, self.of, self.on = call, of, True
 
+# %% ../nbs/03_encoder/09_calib.ipynb #20484977
 class _Catch:
     "Hooks that keep (sampled) input rows of some layers; layers with one input share one entry."
     def __init__(self, model, names, budget, seed):
@@ -281,6 +286,7 @@ class _Catch:
     def close(self):
         for h in self.hooks: h.remove()
 
+# %% ../nbs/03_encoder/09_calib.ipynb #1367f8bb
 def _positions(conv, x):
     "Output positions of a convolution over a batch."
     left, right, top, bottom = conv._reversed_padding_repeated_twice
@@ -307,6 +313,7 @@ def _means(sums, with_reference):
     mean = lambda v: v.div_(k) if torch.is_tensor(v) else None
     return Moments(mean(h), mean(d) if with_reference else None, k, mean(a), mean(b))
 
+# %% ../nbs/03_encoder/09_calib.ipynb #0a0a79d8
 def input_moments(
     model:nn.Module,          # the model whose inputs are measured (prefix already quantized, or not)
     batches:list,             # calls

@@ -79,6 +79,7 @@ def _flush(path:Path) -> None:
     "Ask the system to put the bytes of `path` on the disk now."
     with open(path, 'rb+') as f: os.fsync(f.fileno())
 
+# %% ../nbs/02_models/03_core.ipynb #d4f2bef2
 def write_atomic(
     path:str|os.PathLike, # destination; its folder is made where missing
     data, # the bytes, or a function that is given a temporary path and writes there
@@ -130,6 +131,7 @@ def _claim(file, folder:Path) -> None:
     file.write(f'process {os.getpid()} on {platform.node()}')
     file.flush()
 
+# %% ../nbs/02_models/03_core.ipynb #54177f66
 @contextmanager
 def work_lock(
     folder:str|os.PathLike, # the working folder; made where missing
@@ -225,6 +227,7 @@ def digest(
     _feed(h, things)
     return h.hexdigest()
 
+# %% ../nbs/02_models/03_core.ipynb #884be338
 def sha256_of(
     path, # a file
 ) -> str: # 64 hex digits

@@ -107,6 +107,7 @@ def _aside():
     finally:
         if kept is not None: os.dup2(kept, 1); os.close(kept)
 
+# %% ../nbs/05_bits/15_knapsack.ipynb #902103e4
 @dataclass
 class _Problem:
     "A knapsack in the solver's terms: one variable an option, one a shared set."
@@ -141,6 +142,7 @@ def _solve(problem, room, nodes):
     if found.x is None: return None, found.status == 0
     return [int(k[found.x[:n][owner == g].argmax()]) for g, k in enumerate(keep)], found.status == 0
 
+# %% ../nbs/05_bits/15_knapsack.ipynb #3cb0d564
 def _knapsack(groups, budget, books=(), nodes=20_000):
     "Index of the chosen option of each group; a warning where the optimum could not be proved."
     groups = [(*g, np.full(len(g[0]), -1))[:3] for g in groups]
@@ -185,6 +187,7 @@ def _efficient(group):
     least = group.damage.where(~group.held, math.inf).cummin().shift(fill_value=math.inf)
     return group[group.damage < least]               # shared codebooks cost more than their own row tells
 
+# %% ../nbs/05_bits/15_knapsack.ipynb #9d8c58a4
 def _share_or_not(groups, budget, books, share_gain):
     "The better of the allocations with and without shared codebooks, which have to earn `share_gain`."
     own = [np.flatnonzero(g[2] < 0) for g in groups]

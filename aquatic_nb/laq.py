@@ -74,6 +74,7 @@ def _try_options(layer, seed):
         return {}, {}, {}, ['dense'], gains   # a layer that the schemes can't hold stays as it is
     return {s: _errors(W, H, gains, w) for s, w in weights.items()}, held, weights, layer.options, gains
 
+# %% ../nbs/05_bits/16_laq.ipynb #f90c0d76
 def _estimates(layer, seed):
     "Rows of the table for one layer, and the decoded anchors."
     known, held, weights, options, gains = _try_options(layer, seed)
@@ -225,6 +226,7 @@ def rows(self:_Analysis, todo, cheap):
             if not cheap: self.measure(made, copies)
             yield [r for rows, _ in made for r in _combine(rows)]
 
+# %% ../nbs/05_bits/16_laq.ipynb #c0cfdbfe
 @patch
 def layer(self:_Analysis, name, moments, books):
     "One layer with what is known of it."
@@ -248,6 +250,7 @@ def _read_cache(path):
     try: return pd.read_csv(path, float_precision='round_trip')
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError): return pd.DataFrame()
 
+# %% ../nbs/05_bits/16_laq.ipynb #f272b754
 def _ordered(table, names):
     "Rows in the order of `names`, numbers as they are read back from a file."
     table = table[table.layer.isin(names)]
@@ -293,6 +296,7 @@ def learn_shared(
         out |= zip(wave, in_order(one, wave, run.workers))
     return out
 
+# %% ../nbs/05_bits/16_laq.ipynb #f16670b1
 def _problem(name, module, moments, worth):
     "A layer as `share_codebooks` wants it: rows, moments, and what its relative error is worth."
     W, H = module.weight.detach().float().flatten(1), moments[name].H if name in moments else None
@@ -316,6 +320,7 @@ def _quick_encode(model, batches, choice, run):
                 bar.update()
     return out
 
+# %% ../nbs/05_bits/16_laq.ipynb #61030037
 def additivity(
     model:nn.Module,    # the full-precision denoiser
     batches:list,       # calls, as for `sensitivity`

@@ -136,6 +136,7 @@ def _load(self:WorkDir, file):
     try: return load_file(file)
     except (SafetensorError, OSError): return None
 
+# %% ../nbs/06_packing/17_pack.ipynb #9a34c915
 @patch
 def shared(self:WorkDir, schemes, key, make):
     "Codebooks that layers hold together: {Scheme: [M, K, d]}, from the file where it has them."
@@ -283,6 +284,7 @@ def _row(name, module, sizes):
 
 def _stored(layer): return [p for k in layer._stored if (p := getattr(layer, k)) is not None]
 
+# %% ../nbs/06_packing/17_pack.ipynb #ae2f7167
 def quant_report(
     model:nn.Module, # a model, packed or not
 )->pd.DataFrame:     # layer, kind, shape, scheme, bits, code_bits, bytes, error, seconds; totals in `.attrs`

@@ -34,6 +34,7 @@ def _split_rows(calls, n):
     rest = [c.take(range(c.samples - k)) if c.samples > 1 else c for c, k in zip(calls, kept)]
     return Recording(rest), Recording([c.take(range(c.samples - k, c.samples)) for c, k in zip(calls, kept)])
 
+# %% ../nbs/05_bits/14_probe.ipynb #0d353e97
 def thinned(
     recording,   # calls
     most:int,    # samples kept of a step, about
@@ -49,6 +50,7 @@ def thinned(
         if keep.any(): out.append(c.take(keep.nonzero().flatten()))
     return Recording(out)
 
+# %% ../nbs/05_bits/14_probe.ipynb #155a6cc2
 @contextmanager
 def weights_changed(
     model:nn.Module, # the model
@@ -74,6 +76,7 @@ def _coarse_weights(model, bits=4):
         out[n] = (W/step).round()*step
     return out
 
+# %% ../nbs/05_bits/14_probe.ipynb #05ceb4cc
 @torch.no_grad()
 def step_weights(
     model:nn.Module,  # the full-precision denoiser
@@ -100,7 +103,7 @@ def timestep_weights(
     model:nn.Module,  # the full-precision denoiser
     points:Recording, # a few trajectories of it
     power:float=1.,   # of the weights, 0 for none
-):                    # function: timesteps [n] -> weights [n], mean 1 over the walk; None where there are none
+):                    # function: timesteps [n] -> weights [n], mean 1 over the walk; None where unknown
     "`step_weights` at any timestep, by interpolating their logarithms."
     w = step_weights(model, points)
     if w is None or points[0].timestep is None: return None
@@ -157,6 +160,7 @@ class Probe:
 
     def mean(self, by_step): return float(np.mean(self.weights*by_step))
 
+# %% ../nbs/05_bits/14_probe.ipynb #62ff27ce
 def _time_of(calls, step):
     "The mean timestep of the calls of a step, or its number where the model takes none."
     times = [c.timestep for c in calls if c.timestep is not None]
@@ -193,6 +197,7 @@ class _Gains:
     def close(self):
         for h in self.hooks: h.remove()
 
+# %% ../nbs/05_bits/14_probe.ipynb #6cbffe26
 def row_gains(
     probe:Probe,  # held-out points
     names:list,   # layers
@@ -213,6 +218,7 @@ def row_gains(
         for k, q in probe.model.named_parameters(): q.requires_grad_(params[k])
     return {k: v/(passes*size*len(probe.calls)) for k, v in watch.sums.items()}
 
+# %% ../nbs/05_bits/14_probe.ipynb #234a448f
 def _backward(probe, watch, weight_of, seed, r):
     "One backward pass from random directions through all points; returns the size of one answer."
     done = 0
@@ -275,6 +281,7 @@ def _foldable(attn):
               attn.to_v is None)
     return not any(extras)
 
+# %% ../nbs/05_bits/14_probe.ipynb #de05c67f
 def fold_single_token(
     model:nn.Module, # a diffusers U-Net whose context is one token; changed in place
 )->nn.Module:        # the model

@@ -52,6 +52,7 @@ def _check_model(model):
                              f'was cast to a dtype too small for it')
     return layers
 
+# %% ../nbs/09_door/23_quant.ipynb #170a4089
 def plan(
     model:nn.Module,       # a diffusers model, with weights or on the meta device
     bits:float=2,          # average stored bits over all conv and linear weights
@@ -80,6 +81,7 @@ def plan(
         rows.append((n, layer_kind(n), tuple(w.shape), *row))
     return pd.DataFrame(rows, columns=['layer', 'kind', 'shape', 'scheme', 'bits', 'bytes', 'note'])
 
+# %% ../nbs/09_door/23_quant.ipynb #d12fe569
 def check_bits(
     bits, # average stored bits a weight
 )->float: # the same
@@ -90,7 +92,6 @@ def check_bits(
 
 # %% ../nbs/09_door/23_quant.ipynb #5a7f4c80
 _all_ = ['quant_report', 'TuneConfig'] # part of this door, too
-
 _PER_STEP = 24   # samples of a step of the walk that layers are calibrated on
 _LARGE = 100_000_000 # parameters from which on a model is treated as a large one
 
@@ -113,6 +114,7 @@ class _Settings:
     def mark(self):
         return digest('settings 4', {k: v if k != 'tune' else str(v) for k, v in vars(self).items()})
 
+# %% ../nbs/09_door/23_quant.ipynb #f2090c4a
 def _check_arguments(s, calibration):
     "ValueError where a setting cannot work; before any work."
     check_bits(s.bits)
@@ -132,6 +134,7 @@ def _check_arguments(s, calibration):
         raise ValueError('tune needs calibration=pipe, the pipeline whose trajectories teach; '
                          'for other models call tune.distill.distill with a Teacher of your own')
 
+# %% ../nbs/09_door/23_quant.ipynb #d08f6b4a
 def _unstorable(layers):
     "Layers whose row scales leave fp16: they stay dense, and the run goes on."
     out = []
@@ -185,6 +188,7 @@ def quantize(
                Run(seed, workers, memory, progress, spread or Alone()))
     return job.run(work_dir, device)
 
+# %% ../nbs/09_door/23_quant.ipynb #1981112e
 @delegates(quantize)
 def quantize_unet(
     unet:nn.Module, # any diffusers model made of Conv2d and Linear; changed in place
@@ -255,10 +259,11 @@ def choose(self:_Job, calls):
     choice = allocate(table, bits_to_bytes(table, s.bits), overrides=self.fixed)
     return choice, worth_of(table, choice)
 
+# %% ../nbs/09_door/23_quant.ipynb #16893826
 @patch
 def tune(self:_Job, dense, calls):
     "Distillation from the model as it was; its checkpoint lies in the work folder."
     checkpoint = None if self.work.path is None else self.work.path/'tuning.pt'
     weights = timestep_weights(dense, split_points(calls)[1], .5)
-    tune_model(self.model, dense, self.calibration, self.settings.tune, weights, prompts=self.sources['prompts'],
-               seed=self.settings.seed, checkpoint=checkpoint, run=self.shared_run)
+    more = dict(prompts=self.sources['prompts'], seed=self.settings.seed, checkpoint=checkpoint)
+    tune_model(self.model, dense, self.calibration, self.settings.tune, weights, run=self.shared_run, **more)

@@ -22,7 +22,6 @@ from .core import Run, digest, generator
 TIME_NAMES = ('timestep', 'timesteps', 't')
 CALIBRATION_GUIDANCE = 3. # of calibration walks of class-conditional models: samples at 1 to 5 are near it
 SAMPLING_GUIDANCE = 1.5   # of samples from the shipped models, where their pictures are best
-
 _WITHOUT_ROWS = ('img_ids', 'txt_ids', 'image_rotary_emb', 'rotary_emb', 'freqs_cis', 'pos_embed',
                  'img_shapes') # the same for all
 _MANY_A_ROW = ('encoder_hidden_states', 'encoder_attention_mask') # video models: one for each frame of a row
@@ -44,6 +43,7 @@ def _tensors(v, name=''):
     nested(lambda t, k: found.append((k, t)), v, name)
     return found
 
+# %% ../nbs/02_models/04_walk.ipynb #c6effce8
 def _has_rows(t, name, rows):
     "Rows that a tensor has for each row of the batch: 1 or more; 0 where it is shared by all."
     if name in _WITHOUT_ROWS or not t.dim(): return 0
@@ -130,6 +130,7 @@ def _alike(a, b, ra, rb, name=''):
         return len(a) == len(b) and all(_alike(x, y, ra, rb, name) for x, y in zip(a, b))
     return type(a) is type(b) and a == b
 
+# %% ../nbs/02_models/04_walk.ipynb #ec8c65e5
 def _below(values, calls, guided, name=''):
     "Arguments of one name put below each other."
     v = values[0]
@@ -192,6 +193,7 @@ def as_calls(
     return given if isinstance(given, Recording) else Recording(_as_call(model, i, o) for i,
                                                             o in enumerate(given))
 
+# %% ../nbs/02_models/04_walk.ipynb #339a749f
 def _as_call(model, i, o):
     if isinstance(o, Call): return o
     pair = isinstance(o, (list, tuple)) and len(o) == 2 and isinstance(o[0],
@@ -338,6 +340,7 @@ def _call_at(x, steps, i, condition, scale, sample_name):
     return Call({sample_name: torch.cat([x, x]), 'timestep': torch.cat([t, t]) if t.dim() else t,
                  **condition}, step=i, guidance_scale=scale)
 
+# %% ../nbs/02_models/04_walk.ipynb #8ff62f30
 @torch.no_grad()
 def walk(
     model:nn.Module,     # denoiser
@@ -442,6 +445,7 @@ class _OwnRun:
         new.latents, new.end = [o[index] for o in self.latents], self.end[index]
         return new
 
+# %% ../nbs/02_models/04_walk.ipynb #dabd2b03
 def record_walk(
     model:nn.Module,     # denoiser
     steps,               # DDIMSteps or SchedulerSteps
@@ -599,6 +603,7 @@ def _arguments(pipe, prompts, n, options):
                                  "or record a call of yours with record_inputs(model, lambda: pipe(...))")
     return given
 
+# %% ../nbs/02_models/04_walk.ipynb #1811bee9
 def record(
     pipe,                # any diffusers pipeline
     model:nn.Module,     # the component whose calls are wanted

@@ -43,6 +43,7 @@ def read_idx(
                                                               f"expected {shape}; get it again")
     return np.frombuffer(raw, np.uint8, offset=start).reshape(shape)
 
+# %% ../../nbs/02_models/08_train.ipynb #176b12f1
 def load_split(
     folder, # where the four gzipped files are
     split:str, # 'train' or 'test'
@@ -76,6 +77,7 @@ def restore(
     for name, part in parts.items(): part.load_state_dict(saved[name])
     return saved['done'], saved['log']
 
+# %% ../../nbs/02_models/08_train.ipynb #1a473546
 def train_loop(
     step, # step(s) does training step s and returns its loss (a float)
     steps:int, # how many in all
@@ -121,8 +123,9 @@ def batch_of(
     epoch, i = divmod(step, n//size)
     return torch.randperm(n, generator=generator(seed, 'epoch', epoch))[i*size:(i + 1)*size]
 
+# %% ../../nbs/02_models/08_train.ipynb #96882a29
 class Average(nn.Module):
-    "A running average of another module's tensors, quick at first: its decay at step s is at most (s+1)/(s+rise)."
+    "A running average of another module's tensors, quick at first."
     def __init__(self, module:nn.Module, decay:float, rise:int):
         super().__init__()
         self.module, self.decay, self.rise = copy.deepcopy(module).requires_grad_(False), decay, rise
@@ -136,7 +139,7 @@ class Average(nn.Module):
 
 @contextmanager
 def _drawing(gen):
-    "Inside, layers that take no generator (initial weights, dropout) draw the stream of `gen`; the global generators come back as they were."
+    "Inside, layers that take no generator (initial weights, dropout) draw the stream of `gen`."
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.set_rng_state(gen.get_state())
         if torch.cuda.is_available(): torch.cuda.manual_seed_all(gen.initial_seed())
@@ -177,6 +180,7 @@ def reconstruct(
     kl = .5*(p.mean.float()**2 + p.var.float() - 1 - p.logvar.float()).mean()
     return vae.decode(z).sample.float(), 2e-4*kl
 
+# %% ../../nbs/02_models/08_train.ipynb #0222fe83
 def edge_loss(
     a:Tensor, # [B,C,H,W] float, an image
     b:Tensor, # the same shape, the image it is compared with
@@ -199,6 +203,7 @@ def reconstruction_psnr(
         total += ((reconstruct(vae, x)[0].clamp(-1, 1) - x)/2).square().sum().item()
     return -10*math.log10(total/images.numel())
 
+# %% ../../nbs/02_models/08_train.ipynb #de660f97
 def train_autoencoder(
     images:Tensor, # [N,1,32,32] uint8, training pictures
     held_out:Tensor, # [n,1,32,32] uint8, pictures for the log's PSNR
@@ -318,7 +323,7 @@ def latent_table(
                 latents_mean=mu, latents_std=sigma)
 
 def make_unet() -> nn.ModuleDict: # 'unet' and 'embedding', untrained
-    "The U-Net: widths 96 and 192, a residual block a level, attention on the lower one; and its class embedding."
+    "The U-Net: widths 96 and 192, a residual block a level, attention on the lower; and class embedding."
     unet = UNet2DConditionModel(sample_size=8, in_channels=4, out_channels=4, block_out_channels=(96, 192),
                                 layers_per_block=1,
         down_block_types=('DownBlock2D', 'CrossAttnDownBlock2D'),
@@ -394,6 +399,7 @@ def half(
     "A state dict in half precision."
     return {k: (v.half() if v.is_floating_point() else v).contiguous() for k, v in state.items()}
 
+# %% ../../nbs/02_models/08_train.ipynb #cab97b97
 def export_mini(
     runs, # folder with the checkpoints of this notebook
     dst, # asset folder to write

@@ -291,7 +291,8 @@ def walk_batch(
     "One step of walking: a random part of a random walk, its calls in order; a restart where a walk begins."
     i, j = divmod(step, len(teacher.walk(0)))
     gen = generator(seed, 'walk', i)
-    w = teacher.walk(int(torch.randint(_open_walks(teacher, step*batch, _points(teacher)), (), generator=gen)))
+    opened = _open_walks(teacher, step*batch, _points(teacher))
+    w = teacher.walk(int(torch.randint(opened, (), generator=gen)))
     call = w[min(j, len(w) - 1)]
     return Batch([call.take(torch.randperm(call.samples, generator=gen)[:batch])], j == 0)
 
