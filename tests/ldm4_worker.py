@@ -8,10 +8,11 @@ import sys
 import torch
 
 import aquatic_nb.ldm4 as ldm4
+from aquatic_nb.eval import samples
 from aquatic_nb.metrics import Extractor, feature_stats
 from aquatic_nb.zoo import ClassConditionalLDMPipeline, ClassEmbedding, ldm_scheduler, load_mini_ldm
 
-PROTOCOL = ldm4.Protocol(samples=20, steps=3, guidance_scale=2., eta=.5, shard_size=3, batch_size=2)
+PROTOCOL = ldm4.Protocol(samples=20, steps=4, guidance_scale=2., eta=.5, shard_size=3, batch_size=2)
 
 
 def tiny_pipe():
@@ -33,7 +34,7 @@ def tiny_judge():
         return dict(features=torch.cat([small, x.std((1, 2, 3))[:, None]], 1), spatial=small, logits=torch.cat([small, small[:, :1]], 1)*9)
     extractor = Extractor('tiny', forward, channels=1)
     real = torch.randint(256, (60, 1, 16, 16), generator=torch.Generator().manual_seed(3), dtype=torch.uint8)
-    return ldm4.Judge(extractor, feature_stats(real, extractor), classifier=True, missing={})
+    return ldm4.Judge(extractor, feature_stats(real, extractor), classifier=True)
 
 
 def coarse(pipe):
@@ -45,16 +46,16 @@ def coarse(pipe):
 def main(out):
     rank, at = map(int, os.environ.get('DIE', '-1:0').split(':'))
     if rank == int(os.environ.get('RANK', 0)):
-        write, left = ldm4.write_npz, [at]
+        write, left = samples.write_npz, [at]
         def deadly(*args, **kwargs):
             left[0] -= 1
             if left[0] < 0: os.kill(os.getpid(), signal.SIGKILL)
             return write(*args, **kwargs)
-        ldm4.write_npz = deadly
+        ldm4.write_npz = samples.write_npz = deadly
     torch.set_num_threads(1)
     shipped = os.environ.get('MODEL') == 'shipped'
     pipe, judge = (load_mini_ldm(), ldm4.mini_judge(200)) if shipped else (tiny_pipe(), tiny_judge())
-    return ldm4.evaluate_models(pipe, {'full precision': None, 'coarse': coarse}, out, PROTOCOL, judge, verbose=False)
+    return ldm4.evaluate_models(pipe, {'full precision': None, 'coarse': coarse}, out, PROTOCOL, judge, progress=False)
 
 
 if __name__ == '__main__': main(sys.argv[1])

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from aquatic_nb import cli, ldm4, quant
+from aquatic_nb import cli, ldm4
 from ldm4_worker import tiny_pipe
 
 
@@ -23,11 +23,11 @@ def folder(tmp_path_factory):
 
 
 def test_benchmark_from_the_command_line(folder, tmp_path, capsys, monkeypatch):
-    whole, asked = quant.quantize_unet, []
+    whole, asked = ldm4.quantize_unet, []
     def quick(unet, **kwargs):
         asked.append((kwargs['bits'], kwargs['act_bits']))
         return whole(unet, **kwargs, laq=False, sweeps=1, beam=2, n_calibration=2, progress=False)
-    monkeypatch.setattr(quant, 'quantize_unet', quick)
+    monkeypatch.setattr(ldm4, 'quantize_unet', quick)
     args = ['evaluate', 'ldm4', '--ckpt', folder, '--bits', 7, '--bits', 8, '--act-bits', 8, '--scale', 2.0, '--steps', 2, '--samples', 4, '--labels', 'balanced',
             '--inception', tmp_path/'none.pth', '--vgg', tmp_path/'vgg.pth', '--out', tmp_path/'out', '--json']
     code, out, err = aquatic(capsys, *args)
@@ -38,7 +38,8 @@ def test_benchmark_from_the_command_line(folder, tmp_path, capsys, monkeypatch):
     assert found['results']['W8A8']['PSNR'] > 10 and found['results']['W8A8']['FID'] is None
     assert 'none.pth' in found['not_computed']['W7A8']['sFID'] and 'vgg.pth' in found['not_computed']['W7A8']['LPIPS']
     _, record = ldm4.load_run(tmp_path/'out'/'run.json')
-    assert record['protocol'] == dict(samples=4, steps=2, guidance_scale=2., eta=0., labels='balanced', seed=0, shard_size=250, batch_size=25)
+    assert record['protocol'] == dict(samples=4, steps=2, guidance_scale=2., eta=0., labels='balanced', seed=0, shard_size=250, batch_size=25,
+                                      original_timesteps=True, steps_taken=2)
     code, out, err = aquatic(capsys, *args[:-1]) # again: nothing is drawn, and a person reads a table
     assert code == 0 and 'not computed: FID' in out and 'W7A8' in out
     assert all(o['shards_found'] for o in ldm4.load_run(tmp_path/'out'/'run.json')[1]['models'].values())

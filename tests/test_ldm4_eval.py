@@ -15,6 +15,9 @@ from hypothesis import given, settings, strategies as st
 
 import ldm4_worker as worker
 from aquatic_nb import ldm4, metrics
+from aquatic_nb.core import digest
+from aquatic_nb.cpu import count_flops
+from aquatic_nb.eval import samples
 
 warnings.filterwarnings('ignore', message='.*covariance has rank.*')
 WORKER = Path(worker.__file__)
@@ -81,35 +84,54 @@ def test_the_run_file_tells_how_it_was_made(alone):
     again, record = ldm4.load_run(out/'run.json')
     pd.testing.assert_frame_equal(again, table, check_exact=True, check_names=False)
     assert {'command', 'date', 'machine', 'versions', 'protocol', 'models', 'processes'} <= set(record)
-    assert record['protocol']['samples'] == 20 and record['not_computed']['coarse'] == {'LPIPS': 'no LPIPS was given'}
+    assert record['protocol']['samples'] == 20 and record['protocol']['steps_taken'] == 4 and record['not_computed']['coarse'] == {'LPIPS': 'no LPIPS was given'}
     assert again.images.tolist() == [20, 20] and np.isnan(again.PSNR.iloc[0]) and again.PSNR.iloc[1] > 10
 
 
 def test_metrics_from_shards_are_those_of_all_images(alone):
     out, table = alone
     judge, protocol = worker.tiny_judge(), worker.PROTOCOL
-    images = [np.concatenate([np.load(ldm4.shard_path(out/f, 'images', a, b))['arr_0'] for a, b in protocol.shards]) for f in ('full_precision', 'coarse')]
+    images = [np.concatenate([np.load(samples.shard_path(out/f, 'images', a, b))['arr_0'] for a, b in protocol.shards]) for f in ('full_precision', 'coarse')]
     whole = metrics.evaluate_images(images[1], judge.reference, judge.extractor)
     for name in ('FD', 'sFD', 'ISC', 'precision'): assert table.loc['coarse', name] == pytest.approx(whole[name], rel=1e-9)
     assert table.loc['coarse', 'PSNR'] == pytest.approx(metrics.paired_psnr(*images), rel=1e-12)
-    labels = ldm4.make_labels(20, 5)
+    labels = samples.make_labels(20, 5)
     assert table.loc['coarse', 'accuracy'] == metrics.class_accuracy(images[1], labels, judge.extractor)
-    assert np.array_equal(labels, np.concatenate([np.load(ldm4.shard_path(out/'coarse', 'images', a, b))['arr_1'] for a, b in protocol.shards]))
+    assert np.array_equal(labels, np.concatenate([np.load(samples.shard_path(out/'coarse', 'images', a, b))['arr_1'] for a, b in protocol.shards]))
+
+
+@pytest.mark.parametrize('steps, taken', [(20, 20), (30, 31), (15, 16), (7, 8)])
+def test_the_protocol_takes_the_original_samplers_steps_and_says_how_many(tmp_path, steps, taken):
+    "As many calls of the model as it says, at the original's times."
+    pipe, seen = worker.tiny_pipe(), []
+    pipe.unet.register_forward_pre_hook(lambda m, args, kw: seen.append(int(kw['timestep'])), with_kwargs=True)
+    protocol = ldm4.Protocol(samples=1, steps=steps)
+    table = ldm4.evaluate_models(pipe, {'full precision': None}, tmp_path, protocol, ldm4.Judge(missing={'extractor': 'none'}), progress=False)
+    assert table.attrs['not_computed']['full precision']['FID'] == 'none'
+    assert [t - 1 for t in seen] == list(range(0, 1000, 1000//steps))[::-1]
+    assert len(seen) == taken == ldm4.load_run(tmp_path/'run.json')[1]['protocol']['steps_taken'] == protocol.steps_taken
+
+
+def test_steps_that_the_original_cannot_take_are_refused_before_any_work(tmp_path):
+    called = []
+    with pytest.raises(ValueError, match='asks for time 1000'):
+        ldm4.evaluate_models(worker.tiny_pipe(), {'full precision': lambda pipe: called.append(1)}, tmp_path, ldm4.Protocol(samples=2, steps=3), worker.tiny_judge())
+    assert not called and not list(tmp_path.iterdir())
 
 
 def test_damaged_shards_are_drawn_again(alone, tmp_path):
     out, _ = alone
-    pipe, labels = worker.tiny_pipe(), ldm4.make_labels(20, 5)
-    ldm4.sample_shards(pipe, labels, tmp_path, worker.PROTOCOL)
+    pipe, labels = worker.tiny_pipe(), samples.make_labels(20, 5)
+    samples.sample_shards(pipe, labels, tmp_path, worker.PROTOCOL)
     whole = contents(tmp_path)
     assert whole == {k.split('/')[1]: v for k, v in contents(out).items() if k.startswith('full_precision/images')}
     files = sorted(tmp_path.glob('*.npz'))
     files[0].write_bytes(b'')
     files[1].write_bytes(files[1].read_bytes()[:-30])
     files[2].write_bytes(b'not a zip file at all')
-    ldm4.write_npz(files[3], arr_0=np.zeros((3, 4, 4, 1), np.uint8), arr_1=np.zeros(3, np.int64)) # other labels
+    samples.write_npz(files[3], arr_0=np.zeros((3, 4, 4, 1), np.uint8), arr_1=np.zeros(3, np.int64)) # other labels
     files[4].unlink()
-    ldm4.sample_shards(pipe, labels, tmp_path, worker.PROTOCOL)
+    samples.sample_shards(pipe, labels, tmp_path, worker.PROTOCOL)
     assert contents(tmp_path) == whole
 
 
@@ -125,39 +147,39 @@ def test_every_sample_belongs_to_exactly_one_rank(n, size, world):
 @given(st.integers(0, 2**40), st.lists(st.integers(0, 10**6), min_size=1, max_size=4))
 def test_noise_of_a_sample_does_not_depend_on_its_company(seed, indices):
     class Net: config = type('C', (), dict(in_channels=2, sample_size=(3, 4)))
-    batch = ldm4.sample_noise(Net, seed, indices)
+    batch = samples.sample_noise(Net, seed, indices)
     assert batch.shape == (len(indices), 2, 3, 4)
-    for k, i in enumerate(indices): assert ldm4.sample_noise(Net, seed, [i])[0].equal(batch[k])
+    for k, i in enumerate(indices): assert samples.sample_noise(Net, seed, [i])[0].equal(batch[k])
 
 
 def test_labels():
-    assert ldm4.make_labels(10, 5, 'balanced').tolist() == [0, 1, 2, 3, 4]*2
-    assert np.array_equal(ldm4.make_labels(3000, 1000, seed=1)[:70], ldm4.make_labels(70, 1000, seed=1))
-    assert not np.array_equal(ldm4.make_labels(70, 1000, seed=1), ldm4.make_labels(70, 1000, seed=2))
+    assert samples.make_labels(10, 5, 'balanced').tolist() == [0, 1, 2, 3, 4]*2
+    assert np.array_equal(samples.make_labels(3000, 1000, seed=1)[:70], samples.make_labels(70, 1000, seed=1))
+    assert not np.array_equal(samples.make_labels(70, 1000, seed=1), samples.make_labels(70, 1000, seed=2))
     for bad in ([0, 1, 5], [0, -1, 1], [0., 1., 2.], [0, 1], 'sorted'):
-        with pytest.raises(ValueError): ldm4.make_labels(3, 5, bad)
+        with pytest.raises(ValueError): samples.make_labels(3, 5, bad)
 
 
-@pytest.mark.parametrize('change', [dict(seed=1), dict(steps=4), dict(guidance_scale=1.), dict(samples=21)])
+@pytest.mark.parametrize('change', [dict(seed=1), dict(steps=5), dict(guidance_scale=1.), dict(samples=21), dict(original_timesteps=False)])
 def test_a_folder_belongs_to_one_protocol(alone, change):
     out, _ = alone
     other = ldm4.Protocol(**{**vars(worker.PROTOCOL), **change})
     before = contents(out)
     with pytest.raises(ValueError, match='full_precision holds samples with'):
-        ldm4.evaluate_models(worker.tiny_pipe(), {'full precision': None}, out, other, worker.tiny_judge(), verbose=False)
+        ldm4.evaluate_models(worker.tiny_pipe(), {'full precision': None}, out, other, worker.tiny_judge(), progress=False)
     assert contents(out) == before
 
 
 def test_a_folder_belongs_to_one_model(alone):
     out, _ = alone
     with pytest.raises(ValueError, match='model='):
-        ldm4.evaluate_models(worker.tiny_pipe(), {'full precision': None, 'coarse': lambda pipe: pipe.unet}, out, worker.PROTOCOL, worker.tiny_judge(), verbose=False)
+        ldm4.evaluate_models(worker.tiny_pipe(), {'full precision': None, 'coarse': lambda pipe: pipe.unet}, out, worker.PROTOCOL, worker.tiny_judge(), progress=False)
 
 
 def test_missing_parts_are_named_and_nothing_is_put_in_their_place(tmp_path):
     protocol = ldm4.Protocol(samples=2, steps=2, shard_size=1, batch_size=1)
     judge = ldm4.make_judge('inception', tmp_path/'ref.npz', lambda: metrics.lpips_distance(tmp_path/'vgg.pth'), weights=tmp_path/'inception.pth')
-    table = ldm4.evaluate_models(worker.tiny_pipe(), {'full precision': None, 'coarse': worker.coarse}, tmp_path/'out', protocol, judge, verbose=False)
+    table = ldm4.evaluate_models(worker.tiny_pipe(), {'full precision': None, 'coarse': worker.coarse}, tmp_path/'out', protocol, judge, progress=False)
     why = table.attrs['not_computed']['coarse']
     assert set(why) == {'FID', 'sFID', 'ISC', 'precision', 'recall', 'LPIPS'} and table.loc['coarse', list(why)].isna().all()
     assert 'inception.pth' in why['FID'] and 'vgg.pth' in why['LPIPS'] and np.isfinite(table.loc['coarse', ['PSNR', 'SSIM']]).all()
@@ -174,7 +196,7 @@ def test_reference_of_another_network_costs_only_what_needs_it(tmp_path):
     judge = worker.tiny_judge()
     other = metrics.Extractor('other', lambda x: dict(features=x.float().mean((2, 3))), channels=1)
     judge.reference = metrics.feature_stats(torch.randint(256, (9, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)), other)
-    table = ldm4.evaluate_models(worker.tiny_pipe(), {'full precision': None}, tmp_path, ldm4.Protocol(samples=12, steps=1), judge, verbose=False)
+    table = ldm4.evaluate_models(worker.tiny_pipe(), {'full precision': None}, tmp_path, ldm4.Protocol(samples=12, steps=1), judge, progress=False)
     assert 'one extractor' in table.attrs['not_computed']['full precision']['FD'] and table.ISC.iloc[0] >= 1
 
 
@@ -191,7 +213,7 @@ def test_evaluate_ldm4_end_to_end_with_a_stand_in(tmp_path, capsys):
         asked.append((bits, act_bits, work_dir.name))
         return worker.coarse
     table = ldm4.evaluate_ldm4(tmp_path/'model.ckpt', tmp_path/'out', bits=(4, 1.5), act_bits=8, protocol=ldm4.Protocol(samples=4, steps=2, shard_size=2, batch_size=2),
-                               inception=tmp_path/'none.pth', load=lambda path: worker.tiny_pipe(), make=make, verbose=False)
+                               inception=tmp_path/'none.pth', load=lambda path: worker.tiny_pipe(), make=make, progress=False)
     assert table.index.tolist() == ['full precision', 'W4A8', 'W1.5A8'] and asked == [(4, 8, 'W4A8'), (1.5, 8, 'W1.5A8')]
     assert table.PSNR.iloc[1] == table.PSNR.iloc[2] > 0
     assert 'not available: extractor' in capsys.readouterr().err
@@ -203,9 +225,9 @@ def test_evaluate_ldm4_end_to_end_with_a_stand_in(tmp_path, capsys):
 
 def test_pipeline_is_left_as_it_was(tmp_path):
     pipe = worker.tiny_pipe()
-    unet, key = pipe.unet, ldm4.fingerprint(pipe.unet)
-    ldm4.evaluate_models(pipe, {'full precision': None, 'coarse': worker.coarse}, tmp_path, ldm4.Protocol(samples=2, steps=1), worker.tiny_judge(), verbose=False)
-    assert pipe.unet is unet and ldm4.fingerprint(unet) == key
+    unet, key = pipe.unet, digest(pipe.unet)
+    ldm4.evaluate_models(pipe, {'full precision': None, 'coarse': worker.coarse}, tmp_path, ldm4.Protocol(samples=2, steps=1), worker.tiny_judge(), progress=False)
+    assert pipe.unet is unet and digest(unet) == key
 
 
 # ---- plans ----
@@ -216,7 +238,7 @@ def test_plans_count_what_the_authors_published(name):
     assert plan.weights['total'] == ldm4.CONFIGS[name]['parameters']
     assert plan.weights.drop('total').sum() == plan.weights['total'] and plan['share'].drop('total').sum() == pytest.approx(1)
     assert plan['fp16 MB']['total'] == pytest.approx(2*plan.weights['total']/1e6)
-    assert 'in/out' in plan.index and plan.weights['in/out'] < .01*plan.weights['total']
+    if name != 'DiT-XL/2': assert 0 < plan.weights['conv in/out'] < .01*plan.weights['total']
 
 
 def test_work_is_what_torch_counts():
@@ -225,7 +247,7 @@ def test_work_is_what_torch_counts():
     inputs = ldm4.example_inputs(model, 1)
     with FlopCounterMode(display=False) as counter, torch.no_grad(): model(**inputs)
     by_op = {str(k): v for k, v in counter.get_flop_counts()['Global'].items()}
-    assert sum(ldm4.layer_flops(model, inputs).values()) == sum(v for k, v in by_op.items() if 'bmm' not in k)
+    assert count_flops(model, inputs).dense.sum() == sum(v for k, v in by_op.items() if 'bmm' not in k)
 
 
 def test_plan_of_a_model_with_weights_and_no_text():
@@ -238,7 +260,7 @@ def test_plan_of_a_model_with_weights_and_no_text():
 
 def test_a_quantized_copy_is_calibrated_by_the_pipeline_and_leaves_it_alone():
     pipe = worker.tiny_pipe()
-    unet, key = pipe.unet, ldm4.fingerprint(pipe.unet)
+    unet, key = pipe.unet, digest(pipe.unet)
     made = ldm4.quantized_copy(6, n_calibration=2, sweeps=1, beam=2, laq=False, progress=False)(pipe)
-    assert pipe.unet is unet and ldm4.fingerprint(unet) == key != ldm4.fingerprint(made)
-    assert ldm4.fingerprint(pickle.loads(pickle.dumps(made))) == ldm4.fingerprint(made) # as ranks hand it on
+    assert pipe.unet is unet and digest(unet) == key != digest(made)
+    assert digest(pickle.loads(pickle.dumps(made))) == digest(made) # as ranks hand it on

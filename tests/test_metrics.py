@@ -33,9 +33,9 @@ def test_frechet_is_scipys_and_torch_fidelitys(seed, d):
     (m1, s1), (m2, s2) = gaussian(seed, d), gaussian(seed + 1, d)
     got = M.frechet_distance(m1, s1, m2, s2)
     root = scipy.linalg.sqrtm(s1 @ s2).real
-    assert got == pytest.approx(((m1 - m2)**2).sum() + np.trace(s1 + s2 - 2*root), rel=1e-6, abs=1e-7)
+    assert got == pytest.approx(((m1 - m2)**2).sum() + np.trace(s1 + s2 - 2*root), rel=1e-6, abs=1e-7*np.trace(s1 + s2))
     theirs = fid_statistics_to_metric(dict(mu=m1, sigma=s1), dict(mu=m2, sigma=s2), False)
-    assert got == pytest.approx(theirs['frechet_inception_distance'], rel=1e-6, abs=1e-7)
+    assert got == pytest.approx(theirs['frechet_inception_distance'], rel=1e-6, abs=1e-7*np.trace(s1 + s2))
 
 
 @settings(max_examples=40, deadline=None)
@@ -51,10 +51,10 @@ def test_frechet_of_diagonal_gaussians_is_the_closed_form(rows):
 def test_frechet_ignores_a_rotation_of_both_and_grows_with_the_square_of_the_scale(seed, d):
     (m1, s1), (m2, s2) = gaussian(seed, d), gaussian(seed + 1, d)
     q = np.linalg.qr(np.random.default_rng(seed).normal(size=(d, d)))[0]
-    base = M.frechet_distance(m1, s1, m2, s2)
-    assert M.frechet_distance(q@m1, q@s1@q.T, q@m2, q@s2@q.T) == pytest.approx(base, rel=1e-6, abs=1e-6)
-    assert M.frechet_distance(3*m1, 9*s1, 3*m2, 9*s2) == pytest.approx(9*base, rel=1e-6, abs=1e-6)
-    assert M.frechet_distance(m2, s2, m1, s1) == pytest.approx(base, rel=1e-6, abs=1e-6)
+    base, small = M.frechet_distance(m1, s1, m2, s2), 1e-6*np.trace(s1 + s2)
+    assert M.frechet_distance(q@m1, q@s1@q.T, q@m2, q@s2@q.T) == pytest.approx(base, rel=1e-6, abs=small)
+    assert M.frechet_distance(3*m1, 9*s1, 3*m2, 9*s2) == pytest.approx(9*base, rel=1e-6, abs=9*small)
+    assert M.frechet_distance(m2, s2, m1, s1) == pytest.approx(base, rel=1e-6, abs=small)
     assert M.frechet_distance(m1, s1, m1, s1) == pytest.approx(0, abs=1e-6*np.trace(s1))
 
 
@@ -115,7 +115,56 @@ def test_inception_score_by_its_definition(seed, n, classes):
     for i in range(10): # ten sequential parts, as they come
         part = p[i*n//10:(i + 1)*n//10]
         scores.append(np.exp((part*np.log(part/part.mean(0))).sum(1).mean()))
-    assert M.inception_score(logits) == pytest.approx((np.mean(scores), np.std(scores)), rel=1e-6)
+    assert M.inception_score(logits, 10) == pytest.approx((np.mean(scores), np.std(scores), 10), rel=1e-6)
+
+
+@pytest.mark.parametrize('n, parts', [(2000, 1), (10_000, 2), (12_000, 3)])
+def test_inception_score_is_split_as_adm_splits(n, parts):
+    "Every 5,000 images, the last part as long as it comes; written as in ADM's evaluator. Ten parts score lower, but at 50,000."
+    logits = np.random.default_rng(n).normal(size=(n, 300))*2
+    preds = np.exp(logits)/np.exp(logits).sum(1, keepdims=True)
+    scores = []
+    for i in range(0, n, 5000):
+        part = preds[i:i + 5000]
+        kl = part*(np.log(part) - np.log(np.expand_dims(np.mean(part, 0), 0)))
+        scores.append(np.exp(np.mean(np.sum(kl, 1))))
+    assert M.inception_score(logits) == pytest.approx((np.mean(scores), np.std(scores), parts), rel=1e-9, abs=1e-9)
+    assert M.inception_score(logits, 10)[0] < .996*np.mean(scores)
+    row = M.evaluate_images(M.FeatureSet(np.zeros((n, 1)), logits=logits), None, M.Extractor('e', dict), ('isc',))
+    assert row['ISC splits'] == parts and row['ISC'] == pytest.approx(np.mean(scores))
+
+
+def adm_precision_recall(real, fake, k=3):
+    "ADM's evaluator in numpy, distances in half precision where they fit."
+    def distances(U, V):
+        u, v = U.astype(np.float16), V.astype(np.float16)
+        with np.errstate(over='ignore', invalid='ignore'):
+            nu, nv = (np.square(o).astype(np.float32).sum(1).astype(np.float16) for o in (u, v))
+            d = np.maximum(nu[:, None] - 2*(u.astype(np.float32) @ v.astype(np.float32).T).astype(np.float16) + nv[None], np.float16(0))
+        if np.isfinite(d).all(): return d.astype(np.float32)
+        return np.maximum(np.square(U).sum(1)[:, None] - 2*U @ V.T + np.square(V).sum(1)[None], 0)
+    radii = [np.sort(distances(o, o), 1)[:, k] for o in (real, fake)]
+    d = distances(real, fake)
+    return (d <= radii[0][:, None]).any(0).mean(), (d <= radii[1][None]).any(1).mean()
+
+
+@pytest.mark.parametrize('scale, offset', [(1., 0.), (3., .4), (100., 0.)])
+def test_precision_in_half_precision_is_adms(scale, offset):
+    rng = np.random.default_rng(0)
+    real, fake = (rng.normal(size=(n, 48)).astype(np.float32)**2*scale + offset for n in (400, 300))
+    fake *= .9
+    got, plain = M.precision_recall(fake, real, half=True), M.precision_recall(fake, real)
+    assert got == pytest.approx(adm_precision_recall(real, fake), abs=2/300) # sums may be taken in another order, and a tie fall otherwise
+    if scale == 3: assert got != plain # ties count as inside
+    if scale == 100: assert got == pytest.approx(plain, abs=2/300) # half precision overflows: single is taken
+
+
+def test_precision_is_torch_fidelitys():
+    from torch_fidelity.metric_prc import calculate_precision_recall_part
+    rng = np.random.default_rng(1)
+    real, fake = rng.normal(size=(2100, 6)).astype(np.float32), rng.normal(size=(500, 6)).astype(np.float32)*.8 + .3
+    theirs = calculate_precision_recall_part(torch.tensor(fake), torch.tensor(real), 3, 700)
+    assert M.precision_recall(fake, real) == pytest.approx(theirs, abs=1/500)
 
 
 def test_precision_and_recall_of_far_and_equal_crowds():
@@ -247,7 +296,7 @@ def test_a_classifier_serves_both_doors():
         torch.manual_seed(0)
         extractor = M.classifier_extractor(Net(), 'test-net')
     a, b = pictures(40, 1, seed=1), pictures(40, 1, seed=2)
-    ours = M.evaluate_images(a, M.feature_stats(b, extractor), extractor)
+    ours = M.evaluate_images(a, M.feature_stats(b, extractor), extractor, splits=10)
     assert extractor.spatial(a).shape == (40, 8) # 8 features over 4 positions: 2 channels
     theirs = torch_fidelity.calculate_metrics(input1=torch.utils.data.Subset(a, range(40)), input2=torch.utils.data.Subset(b, range(40)), isc=True, fid=True,
                                               prc=True, feature_extractor=M.register_fidelity(extractor), samples_shuffle=False, cuda=False, verbose=False,

@@ -19,7 +19,7 @@ from aquatic_nb.core import Run
 from aquatic_nb.pack import WorkDir, encode_model, pack, quant_report
 from aquatic_nb.quant import quantize_unet
 from aquatic_nb.semi_pv import SeMIPV, param_groups
-from aquatic_nb.tune.layers import close_layers, open_layers
+from aquatic_nb.tune.layers import close_layers, open_layers, opened_layers
 from packed_models import conditional
 
 @pytest.fixture(scope='module')
@@ -99,7 +99,7 @@ def test_resumes_with_the_same_codebooks(dense, batches, model, tmp_path):
 
 def test_gradients_add_up_and_stay_one(model):
     unet = open_layers(copy.deepcopy(model[0]))
-    layers = {n: m for n, m in unet.items() if len(m.together) > 1}
+    layers = {n: m for n, m in opened_layers(unet).items() if len(m.together) > 1}
     first = next(iter(layers.values()))
     for m in first.together: m.weight.grad = torch.randn(m.weight.shape, generator=torch.Generator().manual_seed(1))
     for m in first.together: m.pull_grads()
@@ -119,7 +119,7 @@ def test_gradients_add_up_and_stay_one(model):
 def test_tuning_keeps_them_together(model, selector):
     unet = copy.deepcopy(model[0])
     before = {n: layer.weight.clone() for n, layer in packed_layers(unet).items()}
-    layers = open_layers(unet)
+    layers = opened_layers(open_layers(unet))
     optimizer = SeMIPV(param_groups(unet, lr=.2, code_lr=.3), layers, selector=selector, code_every=1, code_fraction=.5, trust_ratio=.9)
     seen = [id(p) for g in optimizer.param_groups for p in g['params']]
     assert len(seen) == len(set(seen))

@@ -74,6 +74,10 @@ def test_exported_cells_are_short():
             if len(code) > most: long.append(f'{nb.name}: {len(lines)} lines: {lines[0][:60]}')
     assert not long, '\n'.join(long)
 
+def test_lines_are_short():
+    long = [f'{nb.name}: {l.strip()[:90]}' for nb in numbered for src in exported(nb) for l in src.splitlines() if len(l) > 110]
+    assert not long, '\n'.join(long)
+
 def test_no_room_is_larger_than_the_others_together():
     "No module holds more than 8% of the library's lines."
     size = {n: len(lib.joinpath(*n.split('.')).with_suffix('.py').read_text(encoding='utf-8').splitlines()) for n in modules}

@@ -30,7 +30,7 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.core.imputils import lower_getattr_generic
 from numba.core.typing.templates import AttributeTemplate, infer_getattr
-from numba.extending import NativeValue, intrinsic, models, register_model, typeof_impl, unbox
+from numba.extending import NativeValue, intrinsic, models, register_model, unbox
 
 # %% ../../nbs/10_kernels/24_simd.ipynb #b33a116d
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +42,9 @@ class Width:
     panels:int  # vectors in each of these rows
     blocks:int  # blocks of rows that are decoded together
     dot:str     # instruction of the 8-bit dot product; '' where there is none
+
+    @functools.cached_property
+    def _numba_type_(self): return WidthType(self)   # where numba looks first
 
 _NEEDS = dict(avx512={'avx512f', 'avx512bw', 'avx512vl', 'avx512dq'}, avx2={'avx2', 'fma'}, neon={'neon'}, sse=set(), portable=set())
 _BLOCKS = dict(avx512=(16, 12, 2, 1), avx2=(8, 4, 3, 3), neon=(4, 8, 3, 2), sse=(4, 4, 2, 3), portable=(4, 4, 2, 3))
@@ -87,13 +90,17 @@ def _named(name, asked_by, dot=None):
 # %% ../../nbs/10_kernels/24_simd.ipynb #c2684e97
 _forced = threading.local()
 
-def width()->Width: # a narrower one when forced, else the widest that there is
-    "The width in use here and now."
-    forced = getattr(_forced, 'width', None)
-    if forced is not None: return forced
+@functools.cache
+def _usual():
+    "What the environment asks for when it is first needed, else the widest."
     asked = os.environ.get('AQUATIC_SIMD', '')
     if asked in ('', '1'): return next(iter(widths().values()))
     return _named('portable' if asked == '0' else asked, 'AQUATIC_SIMD')
+
+def width()->Width: # a narrower one when forced, else the widest that there is
+    "The width in use here and now."
+    forced = getattr(_forced, 'width', None)
+    return _usual() if forced is None else forced
 
 @contextlib.contextmanager
 def use_width(
@@ -182,12 +189,13 @@ class WidthType(types.Opaque):
     def __init__(self, width):
         self.width = width
         super().__init__(name=f'{width} {self.sources}')
+    def __reduce__(self): return _thawed, (self.sources, *dataclasses.astuple(self.width))
 
-_type_of = functools.cache(WidthType)
+def _thawed(sources, *numbers):
+    "The type again that numba finds in a file of its own; one of other sources is never met again."
+    return WidthType(Width(*numbers)) if sources == WidthType.sources else types.Opaque(f'{numbers} {sources}')
+
 register_model(WidthType)(models.OpaqueModel)
-
-@typeof_impl.register(Width)
-def _typeof(value, context): return _type_of(value)
 
 @unbox(WidthType)
 def _unbox(kind, obj, c): return NativeValue(c.context.get_dummy_value())
@@ -339,6 +347,18 @@ def run_threads(
             for r in rest: r.result()
 
 # %% ../../nbs/10_kernels/24_simd.ipynb #2fcf4a1a
+def _lined(size):
+    "So many bytes from the start of a cache line."
+    raw = np.empty(size + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start:start + size]
+
+def _aligned(a):
+    "A copy of `a` that starts on a cache line."
+    out = _lined(a.nbytes + 64)[:a.nbytes].view(a.dtype).reshape(a.shape)
+    out[...] = a
+    return out
+
 _scratch = threading.local()
 
 def scratch(
@@ -348,16 +368,6 @@ def scratch(
 )->np.ndarray:         # uninitialised, 64-byte aligned, reused by the next call
     "A reused work buffer: fresh pages cost more than the arithmetic on them."
     need = math.prod(shape)*np.dtype(dtype).itemsize
-    old = _scratch.__dict__.get(name)
-    if old is None or old.nbytes < need + 64: old = _scratch.__dict__[name] = np.empty(need + 4160, np.uint8)
-    start = -old.ctypes.data % 64
-    return old[start:start + need].view(dtype).reshape(shape)
-
-# %% ../../nbs/10_kernels/24_simd.ipynb #75e078b1
-def _aligned(a):
-    "A copy of `a` that starts on a cache line."
-    raw = np.empty(a.nbytes + 128, np.uint8)
-    start = -raw.ctypes.data % 64
-    out = raw[start:start + a.nbytes].view(a.dtype).reshape(a.shape)
-    out[...] = a
-    return out
+    held = _scratch.__dict__.get(name)
+    if held is None or len(held) < need: held = _scratch.__dict__[name] = _lined(need + 4096)
+    return held[:need].view(dtype).reshape(shape)

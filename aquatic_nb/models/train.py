@@ -16,7 +16,8 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..core import generator, progress_bar, write_atomic # before diffusers, which wants torchvision's operators
+# before diffusers, which wants torchvision's operators
+from ..core import generator, progress_bar, write_atomic
 from ..zoo import ClassConditionalLDMPipeline, ClassEmbedding, MiniClassifier, ldm_scheduler
 import numpy as np
 import torch
@@ -32,11 +33,14 @@ def read_idx(
     "Read one file of the MNIST family; ValueError where it is not one."
     try:
         with gzip.open(path) as f: raw = f.read()
-    except (EOFError, gzip.BadGzipFile) as e: raise ValueError(f"{path}: not a whole gzip file ({e}); get it again") from e
-    if len(raw) < 4 or raw[:3] != b'\0\0\x08': raise ValueError(f"{path}: not an idx file of bytes, it starts with {raw[:4]!r}")
+    except (EOFError, gzip.BadGzipFile) as e: raise ValueError(f"{path}: not a whole gzip file ({e}); get "
+                                                               f"it again") from e
+    if len(raw) < 4 or raw[:3] != b'\0\0\x08': raise ValueError(f"{path}: not an idx file of bytes, it "
+                                                                f"starts with {raw[:4]!r}")
     shape = [int.from_bytes(raw[4 + 4*i:8 + 4*i], 'big') for i in range(raw[3])]
     start = 4 + 4*len(shape)
-    if len(raw) - start != math.prod(shape): raise ValueError(f"{path}: {len(raw) - start} bytes of data, expected {shape}; get it again")
+    if len(raw) - start != math.prod(shape): raise ValueError(f"{path}: {len(raw) - start} bytes of data, "
+                                                              f"expected {shape}; get it again")
     return np.frombuffer(raw, np.uint8, offset=start).reshape(shape)
 
 def load_split(
@@ -47,8 +51,10 @@ def load_split(
     stem = {'train': 'train', 'test': 't10k'}.get(split)
     if stem is None: raise ValueError(f"split: {split!r}, expected 'train' or 'test'")
     images, labels = (Path(folder)/f'{stem}-{kind}-ubyte.gz' for kind in ('images-idx3', 'labels-idx1'))
-    if not images.is_file(): raise FileNotFoundError(f"{images} is missing; on Debian: apt install dataset-fashion-mnist, or name another folder")
-    return F.pad(torch.from_numpy(read_idx(images).copy()), (2, 2, 2, 2))[:, None], torch.from_numpy(read_idx(labels).copy()).long()
+    if not images.is_file(): raise FileNotFoundError(f"{images} is missing; on Debian: apt install "
+                                                     f"dataset-fashion-mnist, or name another folder")
+    return F.pad(torch.from_numpy(read_idx(images).copy()), (2, 2, 2, 2))[:,
+                                                            None], torch.from_numpy(read_idx(labels).copy()).long()
 
 def to_float(
     images:Tensor, # uint8
@@ -64,7 +70,9 @@ def restore(
     "Load the checkpoint into `parts` where there is one."
     if path is None or not Path(path).is_file(): return 0, []
     saved = torch.load(path, map_location='cpu', weights_only=True)
-    if lacking := sorted(set(parts) - set(saved)): raise ValueError(f"{path}: not a checkpoint of this training, it lacks {lacking[0]!r}; name another path")
+    if lacking := sorted(set(parts) - set(saved)): raise ValueError(f"{path}: not a checkpoint of this "
+                                                                    f"training, it lacks {lacking[0]!r}; "
+                                                                    f"name another path")
     for name, part in parts.items(): part.load_state_dict(saved[name])
     return saved['done'], saved['log']
 
@@ -78,7 +86,7 @@ def train_loop(
     save_every:int=500, # steps between checkpoints
     desc:str='train', # label of the progress bar
 ) -> list: # log entries: step, loss (mean since the last), seconds, scores
-    "Run `step` for 0..steps-1, from the checkpoint where there is one; a killed and resumed run ends like an unbroken one."
+    "Run `step` for 0..steps-1, from the checkpoint where there is one; resumed runs end like unbroken ones."
     done, log = restore(path, parts)
     before, start, losses = log[-1]['seconds'] if log else 0., time.perf_counter(), []
     for s in progress_bar(range(done, steps), desc=desc):
@@ -86,7 +94,8 @@ def train_loop(
         last = s + 1 == steps
         if (s + 1) % every == 0 or last:
             scores = evaluate() if evaluate else {}
-            log.append(dict(step=s + 1, loss=sum(losses)/len(losses), seconds=before + time.perf_counter() - start, **scores))
+            log.append(dict(step=s + 1, loss=sum(losses)/len(losses),
+                            seconds=before + time.perf_counter() - start, **scores))
             losses = []
         if path is not None and ((s + 1) % save_every == 0 or last):
             saved = {name: part.state_dict() for name, part in parts.items()} | dict(done=s + 1, log=log)
@@ -145,8 +154,10 @@ def make_autoencoder(
     kind:str, # 'kl' or 'vq'
 ) -> nn.Module: # untrained, 32x32 grey images to 8x8 latents
     "The first stage: widths 16, 32, 64, one residual block a level, attention in the middle."
-    kw = dict(in_channels=1, out_channels=1, block_out_channels=(16, 32, 64), layers_per_block=1, norm_num_groups=8, sample_size=32,
-              down_block_types=('DownEncoderBlock2D',)*3, up_block_types=('UpDecoderBlock2D',)*3, scaling_factor=1.)
+    kw = dict(in_channels=1, out_channels=1, block_out_channels=(16, 32, 64), layers_per_block=1,
+              norm_num_groups=8, sample_size=32,
+              down_block_types=('DownEncoderBlock2D',)*3, up_block_types=('UpDecoderBlock2D',)*3,
+              scaling_factor=1.)
     if kind == 'kl': return AutoencoderKL(latent_channels=4, **kw)
     if kind == 'vq': return VQModel(latent_channels=3, num_vq_embeddings=8192, vq_embed_dim=3, **kw)
     raise ValueError(f"kind: {kind!r}, expected 'kl' or 'vq'")
@@ -206,7 +217,8 @@ def train_autoencoder(
     def step(s):
         for group in opt.param_groups: group['lr'] = lr*cosine(s, steps, 100)
         x = to_float(images[batch_of(s, len(images), batch, seed)]).to(device)
-        with torch.autocast(x.device.type, torch.bfloat16): r, reg = reconstruct(vae.train(), x, generator(seed, 'noise', s))
+        with torch.autocast(x.device.type, torch.bfloat16):
+            r, reg = reconstruct(vae.train(), x, generator(seed, 'noise', s))
         loss = F.l1_loss(r, x) + .5*edge_loss(r, x) + reg
         opt.zero_grad()
         loss.backward()
@@ -214,7 +226,8 @@ def train_autoencoder(
         opt.step()
         return loss.item()
     scores = lambda: dict(psnr=reconstruction_psnr(vae.eval(), held_out))
-    return vae, (train_loop(step, steps, dict(model=vae, opt=opt), path, scores, desc=f'{kind} first stage', **loop), vae.eval())[0]
+    return vae, (train_loop(step, steps, dict(model=vae, opt=opt), path, scores, desc=f'{kind} first stage',
+                            **loop), vae.eval())[0]
 
 # %% ../../nbs/02_models/08_train.ipynb #a216bd24
 @torch.no_grad()
@@ -225,7 +238,8 @@ def used_codewords(
 ) -> Tensor: # indices of the codewords in use
     "Which codewords some latent of these pictures is nearest to."
     device = next(vae.parameters()).device
-    return torch.cat([vae.quantize(vae.encode(to_float(x).to(device)).latents)[2][2].flatten() for x in images.split(batch)]).unique()
+    return torch.cat([vae.quantize(vae.encode(to_float(x).to(device)).latents)[2][2].flatten()
+                      for x in images.split(batch)]).unique()
 
 # %% ../../nbs/02_models/08_train.ipynb #7ab970bd
 def augment(
@@ -248,7 +262,8 @@ def accuracy(
 ) -> float: # share of right answers
     "How often the classifier gives an image its label."
     device = next(classifier.parameters()).device
-    right = [(classifier(to_float(x).to(device)).argmax(1).cpu() == y).sum().item() for x, y in zip(images.split(batch), labels.split(batch))]
+    right = [(classifier(to_float(x).to(device)).argmax(1).cpu() == y).sum().item() for x,
+             y in zip(images.split(batch), labels.split(batch))]
     return sum(right)/len(images)
 
 # %% ../../nbs/02_models/08_train.ipynb #fdeb741a
@@ -280,7 +295,8 @@ def train_classifier(
         average.update(model, s)
         return loss.item()
     scores = lambda: dict(accuracy=accuracy(average.module.eval(), *held_out))
-    log = train_loop(step, steps, dict(model=model, average=average, opt=opt), path, scores, per_epoch, per_epoch, desc='classifier')
+    log = train_loop(step, steps, dict(model=model, average=average, opt=opt), path, scores, per_epoch,
+                     per_epoch, desc='classifier')
     return average.module.eval(), log
 
 # %% ../../nbs/02_models/08_train.ipynb #63b0cd36
@@ -297,13 +313,16 @@ def latent_table(
     mean, std = torch.cat([d.mean for d in found]).cpu(), torch.cat([d.std for d in found]).cpu()
     mu, sigma = mean.mean((0, 2, 3)), mean.std((0, 2, 3))
     shape = (1, -1, 1, 1)
-    return dict(mean=((mean - mu.view(shape))/sigma.view(shape)).half(), std=(std/sigma.view(shape)).half(), labels=labels,
+    return dict(mean=((mean - mu.view(shape))/sigma.view(shape)).half(), std=(std/sigma.view(shape)).half(),
+                labels=labels,
                 latents_mean=mu, latents_std=sigma)
 
 def make_unet() -> nn.ModuleDict: # 'unet' and 'embedding', untrained
-    "The U-Net: widths 96 and 192, one residual block a level, attention on the lower level; and its class embedding."
-    unet = UNet2DConditionModel(sample_size=8, in_channels=4, out_channels=4, block_out_channels=(96, 192), layers_per_block=1,
-        down_block_types=('DownBlock2D', 'CrossAttnDownBlock2D'), up_block_types=('CrossAttnUpBlock2D', 'UpBlock2D'),
+    "The U-Net: widths 96 and 192, a residual block a level, attention on the lower one; and its class embedding."
+    unet = UNet2DConditionModel(sample_size=8, in_channels=4, out_channels=4, block_out_channels=(96, 192),
+                                layers_per_block=1,
+        down_block_types=('DownBlock2D', 'CrossAttnDownBlock2D'),
+        up_block_types=('CrossAttnUpBlock2D', 'UpBlock2D'),
         cross_attention_dim=128, attention_head_dim=1)
     return nn.ModuleDict(dict(unet=unet, embedding=ClassEmbedding(10, 128)))
 
@@ -366,7 +385,8 @@ def mini_pipeline(
     vae.load_state_dict(read('ae_kl.pt')['model'])
     nets.load_state_dict(read('unet.pt')['average'])
     stats = {k: [round(v, 6) for v in table[k].tolist()] for k in ('latents_mean', 'latents_std')}
-    return ClassConditionalLDMPipeline(nets.module['unet'].eval(), vae.eval(), nets.module['embedding'].eval(), ldm_scheduler(), **stats)
+    return ClassConditionalLDMPipeline(nets.module['unet'].eval(), vae.eval(),
+                                       nets.module['embedding'].eval(), ldm_scheduler(), **stats)
 
 def half(
     state:dict, # name -> tensor
@@ -384,9 +404,11 @@ def export_mini(
     dst, pipe, classifier = Path(dst), mini_pipeline(runs), Average(MiniClassifier(), 0, 1)
     for part in (pipe.unet, pipe.vae, pipe.class_embedding): part.half()
     pipe.save_pretrained(dst)
-    classifier.load_state_dict(torch.load(Path(runs)/'clf.pt', map_location='cpu', weights_only=True)['average'])
+    classifier.load_state_dict(torch.load(Path(runs)/'clf.pt', map_location='cpu',
+                                          weights_only=True)['average'])
     save_file(half(classifier.module.state_dict()), dst/'classifier.safetensors')
-    np.savez_compressed(dst/'test_images.npz', images=images[:, 0, 2:-2, 2:-2].numpy(), labels=labels.numpy().astype(np.uint8))
+    np.savez_compressed(dst/'test_images.npz', images=images[:, 0, 2:-2, 2:-2].numpy(),
+                        labels=labels.numpy().astype(np.uint8))
     for file in dst.rglob('*'): file.chmod(0o755 if file.is_dir() else 0o644)
     return dst
 
