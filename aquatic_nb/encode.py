@@ -43,7 +43,7 @@ def _score_row(base, cross, part, n, m, add, row):
         table = cross[l, m, part[l]]
         for k in range(len(row)): row[k] += 2*table[k]
 
-# %% ../nbs/03_encoder/10_encode.ipynb #97c2ce29
+# %% ../nbs/03_encoder/10_encode.ipynb #c1905fbe
 @njit(nogil=True, fastmath=True, cache=True)
 def _keep_best(row, bits, h, kept, score, count, width):
     "Put the codewords of `row`, after hypothesis h, among the best `width` (kept[p] = h, k): their number."
@@ -85,7 +85,7 @@ def _search_row(base, cross, best, beam, room):
     if hyp_score[0] < now - 1e-6*abs(now):
         for m in range(M): best[m] = hyp[0, m]
 
-# %% ../nbs/03_encoder/10_encode.ipynb #23f8a3b2
+# %% ../nbs/03_encoder/10_encode.ipynb #0427a9c9
 @njit(nogil=True, fastmath=True, cache=True)
 def _search_tables(dots, norms, cross, codes, beam, rounds):
     "Beam and ICM for each row of `codes` [O, M]; tables dots [O, M, K], norms [M, K], cross [M, M, K, K]."
@@ -227,7 +227,7 @@ def start(
     codes = torch.cat(codes, 1).reshape(O, J, -1).to(torch.int32)
     return _ready(State(W, H, scheme, codes, torch.cat([*books, C]), scales), 'k-means')
 
-# %% ../nbs/03_encoder/10_encode.ipynb #36a36325
+# %% ../nbs/03_encoder/10_encode.ipynb #f78514c5
 def _picked(live, n, gen):
     "At most n positions, drawn from those that are live (from all, if none is)."
     at = live.nonzero().flatten() if live.any() else torch.arange(len(live), device=live.device)
@@ -253,7 +253,7 @@ def _start_uniform(W, H, scheme, grid=24):
     scales = torch.where(W.abs().amax(1) > 0, best, 0*best)
     return _ready(State(W, H, scheme, codes.to(torch.int32)[..., None], C, scales), 'rounding')
 
-# %% ../nbs/03_encoder/10_encode.ipynb #c52a1d16
+# %% ../nbs/03_encoder/10_encode.ipynb #aa281bd9
 def _inverse(scales): return torch.where(scales > 0, 1/scales.clamp(min=1e-30), 0)[:, None]
 
 def _keep_better(st, codes):
@@ -267,14 +267,14 @@ def _triangle(H, d):
     "Columns by growing loudness of their group, and the Cholesky factor of H in that order."
     order = H.diagonal().reshape(-1, d).sum(1).argsort(stable=True)
     index = (order[:, None]*d + torch.arange(d, device=H.device)).flatten()
-    A = H[index[:, None], index]
-    for lift in (1e-6, 1e-4, 1e-2, 1.):
-        L, bad = torch.linalg.cholesky_ex(A)
+    for lift in (0., 1e-6, 1e-4, 1e-2, 1.):
+        L, bad = H[index[:, None], index].mT, torch.empty((), dtype=torch.int32, device=H.device)
+        L.diagonal().add_(lift*H.diagonal().mean())
+        torch.linalg.cholesky_ex(L, out=(L, bad))                      # in place: it may be a gigabyte
         if not bad: break
-        A.diagonal().add_(lift*A.diagonal().mean())
     return index, L
 
-# %% ../nbs/03_encoder/10_encode.ipynb #72ab7bee
+# %% ../nbs/03_encoder/10_encode.ipynb #d5aab380
 def nearest_plane(
     st:State,      # changed in place
     triangle=None, # of `_triangle`, where it is at hand
@@ -345,7 +345,7 @@ def _codeword_blocks(st):
     for m in range(M): count[m].index_add_(0, st.codes[..., m].reshape(-1).long()*J + where, s2)
     return (count.reshape(M*K, J) @ blocks).reshape(M*K, d, d)
 
-# %% ../nbs/03_encoder/10_encode.ipynb #c747f87a
+# %% ../nbs/03_encoder/10_encode.ipynb #fb3bc463
 def _lifted(blocks, ridge=1e-6):
     "The blocks [M*K, d, d], positive definite also for unused codewords, and the ridge in their units."
     size = blocks.diagonal(dim1=1, dim2=2).mean(1)
@@ -368,7 +368,7 @@ def refit_codebooks(
         if torch.isfinite(x).all(): st.C = C + x; st.What, st.G = st.decode(), g
         st.note('codebooks')
 
-# %% ../nbs/03_encoder/10_encode.ipynb #5ba458c0
+# %% ../nbs/03_encoder/10_encode.ipynb #b7866b1d
 def _conjugate_gradients(states, inverse, iters, ridge, enough):
     "What to add to the codebooks, and the states' G afterwards."
     precondition = lambda R: (inverse @ R.reshape(len(inverse), -1, 1)).reshape(R.shape)
@@ -427,7 +427,7 @@ def _to_int8(C, blocks):
         if best is None or cost < best[0]: best = cost, q.reshape(M, K, d), step
     return best[1:]
 
-# %% ../nbs/03_encoder/10_encode.ipynb #91876c0c
+# %% ../nbs/03_encoder/10_encode.ipynb #88ea9eea
 def _to_half(scales):
     half = scales.half().float()
     off = (half - scales).abs()
@@ -459,7 +459,7 @@ def _posed(W, H, scheme, damping=.1, D=None):
     lift = torch.cat([H.new_zeros(W.shape[1]), H.new_full((extra,), 1e-3*float(H.diagonal().mean()))])
     return pad(W, (0, extra)), pad(H, (0, extra, 0, extra)) + torch.diag(lift)
 
-# %% ../nbs/03_encoder/10_encode.ipynb #1f2f510f
+# %% ../nbs/03_encoder/10_encode.ipynb #ccdedd75
 PLANES = 2   # rounds that begin with a nearest-plane pass
 
 def _begin(W, H, scheme, seed, codebooks, earlier):
@@ -478,7 +478,7 @@ def _begin(W, H, scheme, seed, codebooks, earlier):
     if old.n_codebooks == scheme.n_codebooks: return _ready(st, 'given')
     return start(W, H, scheme, seed, earlier=st)
 
-# %% ../nbs/03_encoder/10_encode.ipynb #e8cf25f3
+# %% ../nbs/03_encoder/10_encode.ipynb #828d7ab2
 def _rounds(st, moves, most, tolerance):
     "Rounds of half-steps, until one lowers the loss by less than `tolerance`."
     for _ in range(most):
@@ -526,7 +526,7 @@ def encode_rows(
     st = _descend(st, beam, sweeps, tolerance, refit)
     return given if start is not None and _storable(given) and given.loss() < st.loss() else st
 
-# %% ../nbs/03_encoder/10_encode.ipynb #5cc42611
+# %% ../nbs/03_encoder/10_encode.ipynb #41f7d679
 def to_aq(
     st:State, # finished encoder state
     shape,    # dense weight shape
@@ -590,7 +590,7 @@ def _pooled(posed, scheme, seed, per_codeword):
         h.append(w*(H.diagonal()*W.pow(2).mean()).reshape(-1, d)[pick % J])
     return torch.cat(V), torch.cat(h), gen
 
-# %% ../nbs/03_encoder/10_encode.ipynb #45119ca4
+# %% ../nbs/03_encoder/10_encode.ipynb #ade366e9
 def share_codebooks(
     problems:list,  # of (W [O, N], H [N, N] or None, weight of the layer's loss)
     scheme:Scheme,  # storage scheme of all of them

@@ -8,8 +8,8 @@ from hypothesis import given, settings, strategies as st
 
 from aquatic_nb import encode as E
 from aquatic_nb.aq import Scheme, check_values, decode, decode_rows, pack_codes, sum_codewords, unpack_codes
-from aquatic_nb.encode import (State, corrected_target, damp, encode_rows, nearest_plane, refit_codebooks, refit_scales, relative_error,
-                               search_codes, start, sweep_codes, to_aq)
+from aquatic_nb.encode import (State, corrected_target, damp, encode_rows, nearest_plane, refit_codebooks, refit_scales,
+                               relative_error, search_codes, start, sweep_codes, to_aq)
 from aquatic_nb.core import generator, single_thread
 
 def moments(N, kind, gen):
