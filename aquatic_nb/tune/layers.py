@@ -24,10 +24,10 @@ class OpenLayer(nn.Module):
     "A layer opened for tuning: what an optimizer asks of it."
     def roles(self) -> dict: # role -> {name: Parameter}
         "Its trained parameters by role."
-        raise NotImplementedError(f'{type(self).__name__}.roles')
+        raise TypeError(f'{type(self).__name__} does not say what it trains: define roles()')
     def closed(self) -> nn.Module:
         "What takes its place afterwards."
-        raise NotImplementedError(f'{type(self).__name__}.closed')
+        raise TypeError(f'{type(self).__name__} does not say what takes its place: define closed()')
     def pull_grads(self): "Turn gradients of what computes into gradients of what is stored."
     def decode(self): "Make what computes from what is stored."
 
