@@ -173,7 +173,8 @@ def quantize(
 )->nn.Module:                # the same model, packed, in eval mode
     "Quantize a diffusers model in place to `bits` stored bits a weight."
     layers, size = _check_model(model), sum(p.numel() for p in model.parameters())
-    if sequential == 'auto': sequential = size <= _LARGE or 'cuda' in str(device or next(model.parameters()).device)
+    home = str(device or next(model.parameters()).device)
+    if sequential == 'auto': sequential = size <= _LARGE or 'cuda' in home
     s = _Settings(bits, bool(laq), beam, sweeps, n_calibration or (64 if size <= _LARGE else 16),
                   guidance_scale, bool(sequential),
                   codebook_dtype, act_bits, tune, seed, memory)
