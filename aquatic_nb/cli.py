@@ -470,7 +470,8 @@ def _look_inside(source):
     packed = table[table.scheme != 'dense']
     totals = {k: round(v, 4) for k, v in table.attrs.items()}
     result = dict(model=type(model).__name__, packed_layers=len(packed),
-                  dense_layers=len(table) - len(packed), **totals, file_bytes=sum(f.stat().st_size for f in names), files=[f.name for f in names],
+                  dense_layers=len(table) - len(packed), **totals,
+                  file_bytes=sum(f.stat().st_size for f in names), files=[f.name for f in names],
                   schemes=packed.scheme.value_counts().to_dict())
     if packed.empty: return result, table
     chosen = _chosen_kernels(model)

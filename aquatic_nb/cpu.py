@@ -33,12 +33,14 @@ from . import __version__
 from .core import machine, native_bfloat16, write_atomic
 from .kernels.decode import Packed, decode_dense
 from .kernels.gemm import conv1x1_gemm, linear_few, linear_gemm
-from .kernels.int8 import (Bytes, byte_conv, byte_linear, conv1x1_i8, conv3x3_i8, conv_i8_portable, keep_bytes,
+from .kernels.int8 import (Bytes, byte_conv, byte_linear, conv1x1_i8, conv3x3_i8, conv_i8_portable,
+                                     keep_bytes,
     linear_i8, reach, widen)
 from .kernels.lut import lut_product
 from .kernels.simd import WidthType, _forced, _lock, scratch, use_simd, width, widths
 from .kernels.winograd import conv3x3_f2, conv3x3_f4
-from .layers import (KERNELS, AQLayer, AQLinear, is_steady, packed_layers, pick_kernel, register_kernel,
+from .layers import (KERNELS, AQLayer, AQLinear, is_steady, packed_layers, pick_kernel,
+                               register_kernel,
     register_plan, uniform_codebook)
 
 # %% ../nbs/10_kernels/30_cpu.ipynb #6a447ed1
@@ -66,7 +68,8 @@ class _View:
     __slots__ = 'stamp', 'packed', 'runs', 'weight', 'served'
     def __init__(self, stamp, packed):
         self.stamp, self.packed = stamp, packed
-        self.runs, self.weight, self.served = {}, None, 0   # plans by shape; a dense weight; calls that it served
+        # plans by shape; a dense weight; calls that it served
+        self.runs, self.weight, self.served = {}, None, 0
 
 _views = {}   # id of a layer -> (weak reference to it, _View); never copied or saved with it
 
@@ -88,6 +91,7 @@ def _all_views():
     with _lock: held = list(_views.values())
     return [(m, v) for r, v in held if (m := r()) is not None]
 
+# %% ../nbs/10_kernels/30_cpu.ipynb #1759e03f
 def packed_of(
     layer, # AQConv2d or AQLinear on the CPU
 )->Packed: # its codes (the layer's own memory, not a copy) and tables
@@ -274,7 +278,8 @@ def _size(layer, kind):
 def _totals():
     "Bytes that are kept, and bytes that all layers seen so far would take dense."
     views = _all_views()
-    return sum(v.weight.nbytes for _, v in views if v.weight is not None), sum(4*math.prod(m.weight_shape) for m, _ in views)
+    return sum(v.weight.nbytes for _, v in views if v.weight is not None), sum(4*math.prod(m.weight_shape)
+                                                            for m, _ in views)
 
 def cache_budget()->int: # bytes
     "What kept weights may take: $AQUATIC_WEIGHT_CACHE, else a quarter of the layers seen so far as float32."
@@ -313,9 +318,11 @@ def _kept(layer, view):
     if isinstance(held, Bytes) and held.w != width(): held = view.weight = _make_weight(layer, view, 'int8')
     return held
 
+# %% ../nbs/10_kernels/30_cpu.ipynb #fd5622e1
 def _upgrade(layer, view, x):
     "Turn whole numbers into float32 if there is room for that, and a gain."
-    if layer in _policy or not isinstance(view.weight, Bytes) or not (measuring() and _timed(layer, x).fp32): return
+    if layer in _policy or not isinstance(view.weight, Bytes): return
+    if not (measuring() and _timed(layer, x).fp32): return
     with _keeping:
         more = _size(layer, 'fp32') - view.weight.nbytes
         if more <= cache_budget() - _totals()[0]: view.weight = _make_weight(layer, view, 'fp32')
@@ -333,7 +340,8 @@ def _why_not_kept(layer, x):
 
 def _run_kept(layer, p, weight, x):
     "The dense operator on a weight in one of the forms."
-    if isinstance(weight, Bytes): weight = torch.from_numpy(widen(weight, scratch('dense', (weight.O, weight.N))))
+    if isinstance(weight, Bytes):
+        weight = torch.from_numpy(widen(weight, scratch('dense', (weight.O, weight.N))))
     elif weight.dtype == torch.bfloat16: weight = weight.float()
     return layer.dense(x, weight.reshape(layer.weight_shape))
 
@@ -347,14 +355,16 @@ def _run_cached(layer, view, x):
 # %% ../nbs/10_kernels/30_cpu.ipynb #4b7a3a85
 def _padding(layer):
     "Zero padding as two numbers, or None where it is something else."
-    if layer.padding_mode != 'zeros' or layer.groups != 1 or layer.padding == 'same' and not all(k % 2 for k in layer.kernel_size):
+    if layer.padding_mode != 'zeros' or layer.groups != 1 or layer.padding == 'same' and not all(k % 2
+                                                            for k in layer.kernel_size):
         return None
     if layer.padding == 'same': return tuple(d*(k - 1)//2 for d, k in zip(layer.dilation, layer.kernel_size))
     return (0, 0) if layer.padding == 'valid' else tuple(layer.padding)
 
 def _own_bytes(layer, x):
     if why := _why_not_kept(layer, x): return why
-    if not _exact(layer) or _policy.get(layer, 'int8') != 'int8': return 'its weight is not kept as whole numbers'
+    if not _exact(layer) or _policy.get(layer, 'int8') != 'int8':
+        return 'its weight is not kept as whole numbers'
     if isinstance(layer, AQLinear): return None
     if _padding(layer) is None: return 'for one group and zero padding only'
     patches = x.numel()*math.prod(layer.kernel_size)//math.prod(layer.stride)
@@ -365,10 +375,13 @@ def _bind_bytes(layer, kept, x):
     if isinstance(layer, AQLinear):
         shape = *x.shape[:-1], kept.O
         fn = byte_linear(kept, math.prod(shape[:-1]))
-    else: shape, fn = byte_conv(kept, tuple(x.shape), layer.kernel_size, layer.stride, _padding(layer), layer.dilation)
+    else:
+        geometry = layer.kernel_size, layer.stride, _padding(layer), layer.dilation
+        shape, fn = byte_conv(kept, tuple(x.shape), *geometry)
     def run(x): return fn(x if x.is_contiguous() else x.contiguous(), x.new_empty(shape))
     return run
 
+# %% ../nbs/10_kernels/30_cpu.ipynb #1a1fab3b
 def _bytes_at(layer, view, x):
     "The bound function; decoding, where there is no room for the weight."
     kept = _kept(layer, view)
@@ -409,8 +422,10 @@ def announce():
 
 def _head(w):
     "What times depend on, beside the shape and the number of threads."
-    return dict(version=__version__, processor=machine().split(',')[0], cpu=llvm.get_host_cpu_name(), width=w.name,
-                dot=w.dot, torch=f'{torch.__version__} {torch.backends.cpu.get_cpu_capability()}', kernels=WidthType.sources)
+    return dict(version=__version__, processor=machine().split(',')[0], cpu=llvm.get_host_cpu_name(),
+                width=w.name,
+                dot=w.dot, torch=f'{torch.__version__} {torch.backends.cpu.get_cpu_capability()}',
+                kernels=WidthType.sources)
 
 def choices_path(
     w=None, # a `Width`; None: the one in use
@@ -437,7 +452,8 @@ class _Times:
         try: found = json.loads(self.path.read_text(encoding='utf-8'))
         except (FileNotFoundError, NotADirectoryError): return {}
         except (OSError, ValueError): found = None
-        if isinstance(found, dict) and found.get('head') == self.head and _is_table(found.get('times')): return found['times']
+        if isinstance(found, dict) and found.get('head') == self.head and _is_table(found.get('times')):
+            return found['times']
         _say(f'{self.path} is of another machine or version, or damaged: ignored')
         return {}
 
@@ -460,12 +476,13 @@ def _table(w):
 def measuring()->bool: # False: by `rule`
     "Whether the clock chooses kernels here and now."
     asked = os.environ.get('AQUATIC_MEASURE', '0')
-    if asked not in ('0', '1'): raise ValueError(f"AQUATIC_MEASURE={asked!r}: expected '1' (by the clock) or '0' (by rule)")
+    if asked not in ('0', '1'): raise ValueError(f"AQUATIC_MEASURE={asked!r}: expected '1' (by the clock) "
+                                                 f"or '0' (by rule)")
     return asked == '1' and not is_steady()
 
 def _shape_key(layer, x):
     act = '' if layer.act is None else f' a{layer.act.bits}{"" if layer.act.split is None else "s"}'
-    where = '' if isinstance(layer, AQLinear) else f' {layer.stride}{layer.padding}{layer.dilation}{layer.groups}{layer.padding_mode}'
+    where = '' if isinstance(layer, AQLinear) else ' ' + ' '.join(map(str, _geometry(layer)))
     return f'{tuple(layer.weight_shape)} {layer.scheme}{where} on {tuple(x.shape)}{act}'
 
 # %% ../nbs/10_kernels/30_cpu.ipynb #fd5371b3
@@ -485,6 +502,7 @@ def _run_way(name, layer, view, x):
     way = _ways[name]
     return way.run(layer, view, x if layer.act is None or way.takes_raw else layer.act(x))
 
+# %% ../nbs/10_kernels/30_cpu.ipynb #ee53aa6d
 def _candidates(layer, view, x):
     "Everything that can run a layer, as functions without arguments; the lookup tables need not."
     names = [n for n, o in _ways.items() if n not in ('lut', 'cached', 'bytes') and o.own(layer, x) is None]
@@ -500,6 +518,7 @@ def _candidates(layer, view, x):
         runs['bytes'] = lambda: bound(act(x))
     return runs
 
+# %% ../nbs/10_kernels/30_cpu.ipynb #80d7d086
 def _time_ways(layer, view, x):
     "Seconds of everything that can run a layer: the least of some runs in turn, each after other data."
     runs, times = _candidates(layer, view, x), {}
@@ -536,6 +555,7 @@ class _Choice(NamedTuple):
     fp32:bool    # whether a kept weight gains by being float32
     times:dict   # kernel -> seconds
 
+# %% ../nbs/10_kernels/30_cpu.ipynb #07a5127f
 def _judge(times, ruled):
     "The choice from times; where two are even, the rule's."
     free = {n: t for n, t in times.items() if n in _ways and n not in _KEEP}
@@ -550,13 +570,15 @@ def _timed(layer, x):
     w, key = width(), _shape_key(layer, x)
     found = _chosen.get((w.name, w.dot, key))
     if found is None:
-        with _clock:                                     # a second thread waits, and takes what the first found
+        # a second thread waits, and takes what the first found
+        with _clock:
             found = _chosen.get((w.name, w.dot, key))
             if found is None:
                 found = _judge(_measured(layer, x, key, w), rule(layer, x))
                 _chosen[w.name, w.dot, key] = found
     return found
 
+# %% ../nbs/10_kernels/30_cpu.ipynb #9bd7dc3b
 def choice(
     layer,    # packed layer
     x:Tensor, # its input
@@ -567,7 +589,8 @@ def choice(
     if measuring():
         timed = _timed(layer, x)
         best = timed.free if timed.best in _KEEP and _ways[timed.best].own(layer, x) else timed.best
-    if best == 'decode' and _policy.get(layer, 'none') != 'none': return 'cached' if _own_bytes(layer, x) else 'bytes'
+    if best == 'decode' and _policy.get(layer, 'none') != 'none':
+        return 'cached' if _own_bytes(layer, x) else 'bytes'
     return best
 
 def forget_choices():
@@ -589,7 +612,8 @@ class _Run(NamedTuple):
     depends:tuple   # see `_depends`
 
 def _depends(layer):
-    return (layer.kernel, getattr(_forced, 'width', None), is_steady(), len(KERNELS), layer.act, _geometry(layer))
+    return (layer.kernel, getattr(_forced, 'width', None), is_steady(), len(KERNELS), layer.act,
+            _geometry(layer))
 
 def _plan(layer, view, x):
     "Ask every kernel, and remember the answer."
@@ -602,6 +626,7 @@ def _plan(layer, view, x):
     view.runs[x.shape] = run = _Run(go, way.takes_raw, _depends(layer))
     return run
 
+# %% ../nbs/10_kernels/30_cpu.ipynb #2be60ad9
 def run_planned(
     layer,    # packed layer
     x:Tensor, # its input
@@ -705,7 +730,8 @@ def weight_cache(
 )->dict:                  # bytes used, budget in bytes, and layers that keep a weight
     "What kept weights take, and what they may take."
     wanted = None if model is None else set(packed_layers(model).values())
-    kept = [v.weight.nbytes for m, v in _all_views() if v.weight is not None and (wanted is None or m in wanted)]
+    kept = [v.weight.nbytes for m, v in _all_views() if v.weight is not None
+            and (wanted is None or m in wanted)]
     return dict(used=sum(kept), budget=cache_budget(), layers=len(kept))
 
 def cpu_report()->dict: # plain values, fit for JSON
@@ -719,16 +745,19 @@ def cpu_report()->dict: # plain values, fit for JSON
 # %% ../nbs/10_kernels/30_cpu.ipynb #637ec6ba
 def set_weight_cache(
     model:nn.Module, # model with packed layers
-    max_bytes:int|None, # memory that kept weights may take; 0: none; None: as the clock says, within the default budget
-    dtype='int8',    # 'int8' (exact, needs int8 codebooks), 'fp32' (exact) or 'bf16' (rounded, where it is native)
+    max_bytes:int|None, # memory that kept weights may take; 0: none; None: the default budget
+    dtype='int8',    # 'int8' or 'fp32' (exact), or 'bf16' (rounded, where it is native)
 )->dict:             # layer name -> bytes kept
     "Keep dense weights of as many layers as fit, the slowest to decode first; 'decode' then skips its work."
     if dtype not in ('int8', 'fp32', 'bf16'):
         raise ValueError(f"set_weight_cache: dtype={dtype!r}, expected 'int8', 'fp32' or 'bf16'")
     if dtype == 'bf16' and not native_bfloat16():
-        raise ValueError("set_weight_cache: dtype='bf16', but this processor has no bfloat16 arithmetic; take 'int8' or 'fp32'")
-    if max_bytes is not None and (isinstance(max_bytes, bool) or not isinstance(max_bytes, int) or max_bytes < 0):
-        raise ValueError(f'set_weight_cache: max_bytes={max_bytes!r}, expected a whole number, 0 or more, or None')
+        raise ValueError("set_weight_cache: dtype='bf16', but this processor has no bfloat16 arithmetic; "
+                         "take 'int8' or 'fp32'")
+    if max_bytes is not None and (isinstance(max_bytes, bool) or not isinstance(max_bytes, int)
+                                  or max_bytes < 0):
+        raise ValueError(f'set_weight_cache: max_bytes={max_bytes!r}, expected a whole number, 0 or more, '
+                         f'or None')
     layers, taken, left = packed_layers(model), {}, max_bytes
     for m in layers.values():
         forget(m)

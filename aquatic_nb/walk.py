@@ -93,7 +93,7 @@ class Call(dict):
 
 # %% ../nbs/02_models/04_walk.ipynb #bd18c317
 @patch
-def guided(self:Call, out:Tensor=None) -> Tensor: # out: an answer to this call; None: the one that was recorded
+def guided(self:Call, out:Tensor=None) -> Tensor: # out: an answer; None: the recorded one
     "What the scheduler is given, [n, ...]: the answer itself, or both halves put together."
     out = self.out if out is None else out
     if self.guidance_scale is None: return out

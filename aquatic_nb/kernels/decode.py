@@ -50,7 +50,8 @@ def _unpack_range(
 ):
     "A run of packed codes as int16."
     if bits == 8:
-        src, dst = low[first:first + count], out[:count]   # slices: no negative indices, so the loop vectorizes
+        # slices: no negative indices, so the loop vectorizes
+        src, dst = low[first:first + count], out[:count]
         for i in range(count): dst[i] = src[i]
         return
     rest = bits - 8 if bits > 8 else bits
@@ -84,7 +85,7 @@ class Stored(NamedTuple):
     bias:np.ndarray    # float32 [O]
 
 class Packed:
-    "What the kernels need of one packed layer: codes as stored, tables made from the codebooks, scales, bias."
+    "What the kernels need of one packed layer: codes as stored, tables of the codebooks, scales, bias."
     def __init__(self,
         low,       # uint8 [O, J, M] or None
         high,      # uint8 [bytes] or None
@@ -109,7 +110,8 @@ class Packed:
 def _plane(self:Packed, plane, what, size):
     "A plane of codes, flat; a plane that is not there is eight zero bytes."
     plane = np.zeros(8 if size == 0 else 0, np.uint8) if plane is None else plane
-    if plane.dtype != np.uint8: raise TypeError(f'layer {self.name!r}: {what} is {plane.dtype}, expected uint8')
+    if plane.dtype != np.uint8: raise TypeError(f'layer {self.name!r}: {what} is {plane.dtype}, expected '
+                                                f'uint8')
     if plane.size != max(size, 8*(size == 0)):
         raise ValueError(f'layer {self.name!r}: {what} holds {plane.size} bytes, expected {size}')
     return np.ascontiguousarray(plane).reshape(-1)
@@ -156,14 +158,17 @@ def check_call(
 ):
     "Raise unless shapes, dtypes and layouts are what the kernel's memory accesses assume."
     lead = f'layer {p.name!r}: '
-    if p.d != d: raise ValueError(f'{lead}groups of {p.d}, this kernel is made for groups of {d}; use decode_dense')
-    if p.M > most: raise ValueError(f'{lead}{p.M} codebooks, this kernel adds at most {most}; use decode_dense')
+    if p.d != d: raise ValueError(f'{lead}groups of {p.d}, this kernel is made for groups of {d}; use '
+                                  f'decode_dense')
+    if p.M > most: raise ValueError(f'{lead}{p.M} codebooks, this kernel adds at most {most}; use '
+                                    f'decode_dense')
     before, after = x.shape[:channel], x.shape[channel + 1:]
     for name, a, size in (('x', x, p.J if d == 9 else p.J*d), ('y', y, p.O)):
         if a.dtype != np.float32: raise TypeError(f'{lead}{name} is {a.dtype}, expected float32')
         shape = *before, size, *after
         if a.shape != shape: raise ValueError(f'{lead}{name} has shape {a.shape}, expected {shape}')
-        if not a.flags.c_contiguous: raise ValueError(f'{lead}{name} is not contiguous; make a contiguous copy first')
+        if not a.flags.c_contiguous: raise ValueError(f'{lead}{name} is not contiguous; make a contiguous '
+                                                      f'copy first')
     if x.size == 0: raise ValueError(f'{lead}x is empty, shape {x.shape}')
 
 # %% ../../nbs/10_kernels/25_decode.ipynb #ddf629e9
@@ -190,7 +195,7 @@ def example_packed(
 
 # %% ../../nbs/10_kernels/25_decode.ipynb #5ac3f0b5
 def _word(e, books, codes, at, pitch, starts, lanes=None, add='fadd'):
-    "The sum of one codeword of each codebook, as vectors that begin at `starts` of table rows of `pitch` numbers."
+    "The sum of one codeword of each codebook, as vectors at `starts` of table rows of `pitch` numbers."
     out = None
     for m, table in enumerate(books):
         row = e.mul(e.b.sext(e.scalar(codes, e.add(at, m)), _I64), pitch)
@@ -224,7 +229,7 @@ def _decode_groups(w, books, codes, J, d, scale, out, off):
 
 @_jit
 def _decode_vectors(lo, hi, worker, w, s, d, N, spare, codes, out):
-    "Rows lo..hi-1 of the dense weight; a row's surplus the next overwrites, the last ones are built beside and copied."
+    "Rows lo..hi-1 of the dense weight; a row's surplus is overwritten by the next, the last are copied."
     c, row, flat, J, books, scales = codes[worker], spare[worker], out.reshape(-1), s.J, s.books, s.scales
     for o in range(lo, hi):
         _rows(s.codes, o, 1, hi, c)
@@ -255,7 +260,8 @@ def decode_dense(
     "Dense rows of a packed layer."
     out = np.empty((p.O, N), np.float32) if out is None else out
     if out.shape != (p.O, N) or out.dtype != np.float32 or not out.flags.c_contiguous or not 0 < N <= p.J*p.d:
-        raise ValueError(f'layer {p.name!r}: out is {out.dtype} {out.shape}, expected contiguous float32 ({p.O}, N), '
+        raise ValueError(f'layer {p.name!r}: out is {out.dtype} {out.shape}, expected contiguous float32 '
+                         f'({p.O}, N), '
                          f'N at most {p.J*p.d} (groups of {p.d})')
     t, w = torch.get_num_threads(), width()
     spare, codes = scratch('row', (t, p.J*p.d + 16)), scratch('codes', (t, p.J*p.M + 16), np.int16)

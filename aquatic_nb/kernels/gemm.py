@@ -20,11 +20,12 @@ def _spread(e, a, at, rows):
     return [e.shuffle(four[r//4], four[r//4], [r % 4]*4) for r in range(rows)]
 
 def _product(e, rows, a, starts, b, panels, k):
-    "sum_k a[k][row] * b[k][lane] for blocks of `rows` rows that begin at `starts` and panels at `panels`: a list of sums."
+    "sum_k a[k][row] * b[k][lane], blocks of `rows` rows at `starts`, panels at `panels`: a list of sums."
     def step(i, acc):
         w, new = [e.load(b, e.add(o, e.mul(i, e.lanes))) for o in panels], []
         for at in starts:
-            for v in _spread(e, a, e.add(at, e.mul(i, rows)), rows): new += [e.fma(v, x, acc[len(new) + j]) for j, x in enumerate(w)]
+            for v in _spread(e, a, e.add(at, e.mul(i, rows)), rows):
+                new += [e.fma(v, x, acc[len(new) + j]) for j, x in enumerate(w)]
         return new
     return e.loop(k, [e.zero()]*(rows*len(starts)*len(panels)), step)
 
@@ -35,7 +36,8 @@ def _panels(e, w, first, step): return [e.add(first, e.mul(step, j)) for j in ra
 def _full(e, w, a, ao, b, bo, bstep, k, y, yo, ystep):
     "y[row][panel, lane] = sum_k a[k][row] b[panel][k][lane]"
     acc = _product(e, w.rows, a, [ao], b, _panels(e, w, bo, bstep), k)
-    for i, v in enumerate(acc): e.store(v, y, e.add(e.add(yo, e.lanes*(i % w.panels)), e.mul(ystep, i//w.panels)))
+    for i, v in enumerate(acc):
+        e.store(v, y, e.add(e.add(yo, e.lanes*(i % w.panels)), e.mul(ystep, i//w.panels)))
 
 @simd
 def _slim(e, w, a, ao, astep, b, bo, k, y, yo, ystep):
@@ -59,11 +61,12 @@ def _full_rows(e, w, a, ao, b, bo, bstep, k, s, bias, so, y, yo, ystep):
     acc, P = _product(e, w.rows, a, [ao], b, _panels(e, w, bo, bstep), k), w.panels
     for r in range(w.rows):
         sv, bv = e.splat(e.scalar(s, e.add(so, r))), e.splat(e.scalar(bias, e.add(so, r)))
-        for j in range(P): e.store(e.fma(acc[P*r + j], sv, bv), y, e.add(e.add(yo, e.lanes*j), e.mul(ystep, r)))
+        for j in range(P):
+            e.store(e.fma(acc[P*r + j], sv, bv), y, e.add(e.add(yo, e.lanes*j), e.mul(ystep, r)))
 
 # %% ../../nbs/10_kernels/26_gemm.ipynb #37d21e11
 def _turned(e, rows, use=None):
-    "Rows of n numbers as columns: (k, first row, vector), in the order in which surplus lanes may be written."
+    "Rows of n numbers as columns: (k, first row, vector), in the order in which they may be written."
     n, count = rows[0].type.count, len(rows)
     if n//2 < count <= n:
         for k, v in enumerate(_transpose(e, rows + [rows[0]]*(n - count))[:use]): yield k, 0, v
@@ -78,7 +81,8 @@ def _decode8(name, rows_of):
         M, rows, lanes = len(books), rows_of(w), min(8, e.lanes)
         def group(j, _):
             at, here = e.add(first, e.mul(j, M)), e.add(to, e.mul(j, 8*rows))
-            words = [_word(e, books, codes, e.add(at, e.mul(rowstep, r)), 8, range(0, 8, lanes), lanes) for r in range(rows)]
+            words = [_word(e, books, codes, e.add(at, e.mul(rowstep, r)), 8, range(0, 8, lanes), lanes)
+                     for r in range(rows)]
             for i in range(8//lanes):
                 part = [v[i] if e.lanes <= 8 else e.shuffle(v[i], v[i], list(range(8))*2) for v in words]
                 for k, r, v in _turned(e, part, lanes): e.store(v, out, e.add(here, rows*(i*lanes + k) + r))
@@ -87,14 +91,17 @@ def _decode8(name, rows_of):
     decode8.__name__ = name
     return simd(decode8)
 
-_decode_panel, _decode_block = _decode8('_decode_panel', lambda w: w.lanes), _decode8('_decode_block', lambda w: w.rows)
+# %% ../../nbs/10_kernels/26_gemm.ipynb #a3d1072b
+_decode_panel, _decode_block = _decode8('_decode_panel', lambda w: w.lanes), _decode8('_decode_block',
+                                                            lambda w: w.rows)
 
 @simd
 def _pack(e, w, x, offs, runs, out, at):
-    "Rows of x as [k][row], as many k at a time as a vector holds; a store's surplus is overwritten by the next."
+    "Rows of x as [k][row], a vector of k at a time; a store's surplus is overwritten by the next."
     starts = [e.scalar(offs, r) for r in range(w.rows)]
     def run(k, _):
-        rows, to = [e.load(x, e.add(s, e.mul(k, e.lanes))) for s in starts], e.add(at, e.mul(k, e.lanes*w.rows))
+        rows, to = [e.load(x, e.add(s, e.mul(k, e.lanes))) for s in starts], e.add(at,
+                                                            e.mul(k, e.lanes*w.rows))
         for i, r, v in _turned(e, rows): e.store(v, out, e.add(to, w.rows*i + r))
         return []
     e.loop(runs, [], run)
@@ -118,6 +125,7 @@ def _line_edge(tile, rows, wide, scales, bias, t0, o0, y):
         for r in range(min(wide, y.shape[1] - o0)):
             y[t, o0 + r] = tile[(t - t0)*wide + r]*scales[o0 + r] + bias[o0 + r]
 
+# %% ../../nbs/10_kernels/26_gemm.ipynb #119dab87
 @_jit
 def _line_out(lo, hi, worker, w, s, room, A, astep, y):
     "All panels of outputs at a time: decode them, multiply with every block of tokens."
@@ -157,7 +165,8 @@ def linear_gemm(
     blocks = -(-T//tall)*w.blocks
     A = scratch('A', (blocks*astep,))
     run_threads(_line_in, blocks, w, x, np.empty((t, w.rows), np.int64), A, astep)
-    room = (scratch('codes', (t, w.lanes*p.J*p.M + 16), np.int16), scratch('panels', (t, wide*N + 16)), scratch('tiles', (t, tall*wide)))
+    room = (scratch('codes', (t, w.lanes*p.J*p.M + 16), np.int16), scratch('panels', (t, wide*N + 16)),
+            scratch('tiles', (t, tall*wide)))
     run_threads(_line_out, -(-p.O//wide), w, s, room, A, astep, y)
     return y
 
@@ -182,8 +191,10 @@ def _pix_in(lo, hi, worker, w, x, V, panels):
 def _pix_edge(tile, rows, wide, scales, bias, n, o0, p0, y):
     "A tile of sums, scaled and biased, where it lies inside y."
     for o in range(o0, min(o0 + rows, y.shape[1])):
-        for i in range(min(wide, y.shape[2] - p0)): y[n, o, p0 + i] = tile[(o - o0)*wide + i]*scales[o] + bias[o]
+        for i in range(min(wide, y.shape[2] - p0)):
+            y[n, o, p0 + i] = tile[(o - o0)*wide + i]*scales[o] + bias[o]
 
+# %% ../../nbs/10_kernels/26_gemm.ipynb #463702f0
 @_jit
 def _pix_out(lo, hi, worker, w, s, room, V, panels, y):
     "A few outputs at a time over all pixels."
@@ -230,7 +241,8 @@ def conv1x1_gemm(
 # %% ../../nbs/10_kernels/26_gemm.ipynb #d3e384d1
 def _sum_lanes(e, v):
     "The sum of a vector's lanes, halves onto halves."
-    while (n := v.type.count//2): v = e.b.fadd(e.shuffle(v, v, list(range(n))), e.shuffle(v, v, list(range(n, 2*n))))
+    while (n := v.type.count//2):
+        v = e.b.fadd(e.shuffle(v, v, list(range(n))), e.shuffle(v, v, list(range(n, 2*n))))
     return e.b.extract_element(v, _I32(0))
 
 def _few(rows):
@@ -250,6 +262,7 @@ def _few(rows):
     few.__name__ = f'_few{rows}'
     return simd(few)
 
+# %% ../../nbs/10_kernels/26_gemm.ipynb #e6b739f3
 _few4, _few2, _few1 = _few(4), _few(2), _few(1)
 
 @_jit

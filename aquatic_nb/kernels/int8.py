@@ -17,7 +17,8 @@ from numba import carray, typeof, types
 from numba.extending import intrinsic
 
 from .decode import Packed, _unpack_range, check_call, int8_weight
-from aquatic_nb.kernels.simd import (_F32, _I8, _I32, _I64, Width, _aligned, _jit, _transpose, run_threads, scratch, simd,
+from aquatic_nb.kernels.simd import (_F32, _I8, _I32, _I64, Width, _aligned, _jit, _transpose, run_threads,
+                                     scratch, simd,
     width)
 
 # %% ../../nbs/10_kernels/28_int8.ipynb #c87aee89
@@ -143,6 +144,7 @@ def _i8_add_rows(e, tile, blocks, y, at, step):
         return []
     e.loop(blocks, [], block)
 
+# %% ../../nbs/10_kernels/28_int8.ipynb #b1f1dd7f
 @simd
 def _i8_tokens(e, tile, blocks, base, y, at, step, count):
     "Write `count` rows of the tile as tokens."
@@ -191,6 +193,7 @@ def _i8_codes(low, high, bits, o0, O, J, M, j0, n, K, c):
         for i in range(n*M, wide): c[r*wide + i] = K
     return wide
 
+# %% ../../nbs/10_kernels/28_int8.ipynb #96a9659f
 @_jit
 def _i8_conv_out(lo, hi, worker, low, high, bits, J, j0, n, books, scales, bias, codes, Wb, sums, small, X,
                  taps, pitch, plane, quads, zeros, xscales, add, y):
@@ -257,7 +260,8 @@ def reach(
     p:Packed, # the layer
 )->tuple:     # least and largest sum of codewords at any position of a group
     "What codewords can add up to."
-    least, most = p.table('least', lambda b: b.min(0).astype(float)), p.table('most', lambda b: b.max(0).astype(float))
+    least, most = p.table('least', lambda b: b.min(0).astype(float)), p.table('most',
+                                                            lambda b: b.max(0).astype(float))
     return float(sum(least).min()), float(sum(most).max())
 
 def _check_sums(p):
@@ -270,6 +274,7 @@ def _check_sums(p):
         raise ValueError(f'{lead}codebooks can add up to {low:.0f}..{high:.0f}, int8 holds -128..127')
     if p.J*p.d > 60000: raise ValueError(f'{lead}fan-in {p.J*p.d} could overflow 32-bit sums, at most 60000')
 
+# %% ../../nbs/10_kernels/28_int8.ipynb #2c207af2
 def _check_int8(
     p:Packed, x, y, sx, zx, top, split, # as the int8 kernels take them
 ):
@@ -357,7 +362,8 @@ def conv1x1_i8(
         Wb = scratch('Wb', (t, 3*n//4*16), np.int32)
         sums, small = scratch('sums', (t, 48), np.int32), scratch('small', (t, 48*17))
         run_threads(_i8_conv_out, -(-p.O//48), p.low, p.high, p.bits, p.J, c0//8, n//8, books, p.scales,
-                    p.bias, codes, Wb, sums, small, X, 1, 0, plane, n//4, np.repeat(z, 8), np.repeat(s, 8), c0 > 0,
+                    p.bias, codes, Wb, sums, small, X, 1, 0, plane, n//4,
+                    np.repeat(z, 8), np.repeat(s, 8), c0 > 0,
                     y.reshape(B, p.O, 1, P))
     return y
 
@@ -476,7 +482,7 @@ def keep_bytes(
 
 # %% ../../nbs/10_kernels/28_int8.ipynb #675a63ae
 def _byte_product(rows):
-    "An emitter: `rows` columns against one block of outputs, scaled and biased; nothing where the registers do not suffice."
+    "An emitter: `rows` columns against one block of outputs; nothing where the registers do not suffice."
     def byte_product(e, w, a, ao, b, bo, k, scales, bias, so, out, oo, pitch):
         if rows > w.rows: return
         L, n, sets = w.lanes, w.panels, {1: 4, 2: 2}.get(rows, 1)
@@ -500,6 +506,7 @@ def _byte_product(rows):
     byte_product.__name__ = f'byte_product{rows}'
     return simd(byte_product)
 
+# %% ../../nbs/10_kernels/28_int8.ipynb #b40fce0f
 _bytes1, _bytes2, _bytes4, _bytes8, _bytes12 = (_byte_product(n) for n in (1, 2, 4, 8, 12))
 
 @_jit
@@ -523,6 +530,7 @@ def _columns_line(lo, hi, worker, x, R, K, A):
             row = x[R*b + r]
             for k in range(N): to[k*R + r] = row[k]
 
+# %% ../../nbs/10_kernels/28_int8.ipynb #920e2408
 @_jit
 def _columns_conv(lo, hi, worker, x, kernel, stride, pad, dilation, size, R, K, A):
     "Channels lo..hi-1 of x [B, I, H, W] as patches, [block of pixels][channel and tap][pixel]."
@@ -552,7 +560,7 @@ def _columns_conv(lo, hi, worker, x, kernel, stride, pad, dilation, size, R, K, 
 # %% ../../nbs/10_kernels/28_int8.ipynb #9ad8beb0
 @_jit
 def _byte_out(lo, hi, worker, w, q, scales, bias, A, R, K, cols, tiles, pixels, O, y):
-    "Blocks lo..hi-1 of outputs over all columns; y is [images, O, pixels], flat; tokens are images of one pixel."
+    "Blocks lo..hi-1 of outputs over all columns; y is [images, O, pixels], flat; tokens have one pixel."
     block, tile = w.lanes*w.panels, tiles[worker]
     for i in range(lo, hi):
         o0 = i*block
@@ -593,9 +601,11 @@ def _line_alone(w, x, q, scales, bias, work, y, T, N, O, R, K):
     rows = (O + block - 1)//block*block
     A = carray(_floats_at(work), need + R*block)
     _columns_line(0, (T + R - 1)//R, 0, carray(_floats_at(x), (T, N)), R, K, A)
-    _byte_out(0, rows//block, 0, w, carray(_bytes_at(q), rows*K), carray(_floats_at(scales), rows), carray(_floats_at(bias), rows),
+    _byte_out(0, rows//block, 0, w, carray(_bytes_at(q), rows*K), carray(_floats_at(scales), rows),
+              carray(_floats_at(bias), rows),
               A, R, K, T, A[need:].reshape(1, -1), 1, O, carray(_floats_at(y), T*O))
 
+# %% ../../nbs/10_kernels/28_int8.ipynb #c0f0866e
 @_jit
 def _conv_alone(w, x, q, scales, bias, work, y, shape, how, size, O, R, K):
     "A whole convolution on one thread; `how` is kernel, stride, padding and dilation."
@@ -604,7 +614,8 @@ def _conv_alone(w, x, q, scales, bias, work, y, shape, how, size, O, R, K):
     need = (cols + R - 1)//R*R*K
     A = carray(_floats_at(work), need + R*block)
     _columns_conv(0, shape[1], 0, carray(_floats_at(x), shape), how[0], how[1], how[2], how[3], size, R, K, A)
-    _byte_out(0, rows//block, 0, w, carray(_bytes_at(q), rows*K), carray(_floats_at(scales), rows), carray(_floats_at(bias), rows),
+    _byte_out(0, rows//block, 0, w, carray(_bytes_at(q), rows*K), carray(_floats_at(scales), rows),
+              carray(_floats_at(bias), rows),
               A, R, K, cols, A[need:].reshape(1, -1), pixels, O, carray(_floats_at(y), cols*O))
 
 def _entry(fn, *args):
@@ -633,10 +644,12 @@ def _byte_run(kept, fill, pieces, R, cols, pixels, y):
     A, tiles = scratch('A', (-(-cols//R)*R*K,)), scratch('tiles', (torch.get_num_threads(), R*block))
     fill, *args = fill
     run_threads(fill, pieces, *args, R, K, A)
-    run_threads(_byte_out, blocks, kept.w, kept.q.reshape(-1), kept.scales, kept.bias, A, R, K, cols, tiles, pixels, kept.O, y)
+    run_threads(_byte_out, blocks, kept.w, kept.q.reshape(-1), kept.scales, kept.bias, A, R, K, cols, tiles,
+                pixels, kept.O, y)
 
 def _addresses(kept): return kept.q.ctypes.data, kept.scales.ctypes.data, kept.bias.ctypes.data
 
+# %% ../../nbs/10_kernels/28_int8.ipynb #25af23f5
 def byte_linear(
     kept:Bytes, # the weight
     T:int,      # tokens
@@ -647,7 +660,9 @@ def byte_linear(
     alone = _entry(_line_alone, w, 0, *at, 0, 0, T, N, O, R, K)
     def run(x, y):
         if torch.get_num_threads() == 1: alone(w, x.data_ptr(), *at, _room(need), y.data_ptr(), T, N, O, R, K)
-        else: _byte_run(kept, (_columns_line, x.numpy().reshape(T, N)), -(-T//R), R, T, 1, y.numpy().reshape(-1))
+        else:
+            columns = _columns_line, x.numpy().reshape(T, N)
+            _byte_run(kept, columns, -(-T//R), R, T, 1, y.numpy().reshape(-1))
         return y
     return run
 
@@ -655,20 +670,29 @@ def byte_linear(
 def byte_conv(
     kept:Bytes, # the weight
     shape,      # (B, I, H, W) of the input
-    kernel, stride, pad, dilation, # pairs of whole numbers, as in `nn.Conv2d`; zero padding
+    kernel,     # (kh, kw)
+    stride,     # a pair of whole numbers, as in `nn.Conv2d`
+    pad,        # a pair: zeros around the input
+    dilation,   # a pair
 ):              # (shape of the output, a function of x and y: contiguous float32 tensors of these shapes)
     "The convolution with a kept weight, a matrix product over patches, for one shape."
     B, I, *size = shape
-    if I*kernel[0]*kernel[1] != kept.N: raise ValueError(f'kept weight [{kept.O}, {kept.N}]: {I} channels do not fit')
-    how = kernel, stride, pad, dilation = tuple(tuple(int(n) for n in v) for v in (kernel, stride, pad, dilation))
-    size = tuple((n + 2*p - d*(k - 1) - 1)//s + 1 for n, p, d, k, s in zip(size, pad, dilation, kernel, stride))
+    if I*kernel[0]*kernel[1] != kept.N: raise ValueError(f'kept weight [{kept.O}, {kept.N}]: {I} channels '
+                                                         f'do not fit')
+    how = kernel, stride, pad, dilation = tuple(tuple(int(n) for n in v)
+                                                for v in (kernel, stride, pad, dilation))
+    size = tuple((n + 2*p - d*(k - 1) - 1)//s + 1 for n, p, d, k,
+                 s in zip(size, pad, dilation, kernel, stride))
     w, pixels, (_, K, block), at, O = kept.w, size[0]*size[1], kept.q.shape, _addresses(kept), kept.O
     R = _byte_rows(w, B*pixels)
     need = -(-B*pixels//R)*R*K + R*block
     alone = _entry(_conv_alone, w, 0, *at, 0, 0, shape, how, size, O, R, K)
     def run(x, y):
-        if torch.get_num_threads() == 1: alone(w, x.data_ptr(), *at, _room(need), y.data_ptr(), shape, how, size, O, R, K)
-        else: _byte_run(kept, (_columns_conv, x.numpy(), *how, size), I, R, B*pixels, pixels, y.numpy().reshape(-1))
+        if torch.get_num_threads() == 1:
+            alone(w, x.data_ptr(), *at, _room(need), y.data_ptr(), shape, how, size, O, R, K)
+        else:
+            columns = _columns_conv, x.numpy(), *how, size
+            _byte_run(kept, columns, I, R, B*pixels, pixels, y.numpy().reshape(-1))
         return y
     return (B, O, *size), run
 
@@ -691,18 +715,21 @@ def _widen_blocks(lo, hi, worker, w, q, K, scales, out):
         for o0 in range(i*block, min(i*block + block, O), L):
             done, at = 0, i*K*block + o0 - i*block
             if o0 + L <= O:
-                for k in range(0, N - L + 1, L): _widen_square(w, q, at + k*block, block, scales, o0, flat, o0*N + k, N)
+                for k in range(0, N - L + 1, L):
+                    _widen_square(w, q, at + k*block, block, scales, o0, flat, o0*N + k, N)
                 done = N//L*L
             for o in range(o0, min(o0 + L, O)):
                 for k in range(done, N): out[o, k] = q[at + k*block + o - o0]*scales[o]
 
+# %% ../../nbs/10_kernels/28_int8.ipynb #0d563a53
 def widen(
     kept:Bytes,      # the weight
     out:np.ndarray,  # float32 [O, N] to write to
 )->np.ndarray:       # `out`
     "The float32 weight of whole numbers, bit for bit what `decode_dense` gives."
     if out.shape != (kept.O, kept.N) or out.dtype != np.float32 or not out.flags.c_contiguous:
-        raise ValueError(f'widen: out is {out.dtype} {out.shape}, expected contiguous float32 {(kept.O, kept.N)}')
+        raise ValueError(f'widen: out is {out.dtype} {out.shape}, expected contiguous float32 '
+                         f'{(kept.O, kept.N)}')
     run_threads(_widen_blocks, len(kept.q), kept.w, kept.q.reshape(-1), kept.q.shape[1], kept.scales, out)
     return out
 
@@ -723,8 +750,14 @@ def _i8_portable(lo, hi, worker, q, w, taps, y):
 
 # %% ../../nbs/10_kernels/28_int8.ipynb #413da501
 def conv_i8_portable(
-    p:Packed, x, y, sx, zx,      # as in conv3x3_i8; x and y may be of a 3x3 or a 1x1 layer
-    top=255, split=None, taps=9, # 9 or 1
+    p:Packed,   # the layer, 3x3 or 1x1
+    x,          # float32 [B, I, H, W]
+    y,          # float32 [B, O, H, W] to write to
+    sx,         # float32 [B or 1, H] activation scales
+    zx,         # [B or 1, H] activation zero points
+    top=255,    # largest activation integer
+    split=None, # channel at which the second scale begins
+    taps=9,     # 9 or 1
 ):
     "8-bit activations, int8 weights, plain loops."
     B, I, H, W = x.shape

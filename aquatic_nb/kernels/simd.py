@@ -46,8 +46,10 @@ class Width:
     @functools.cached_property
     def _numba_type_(self): return WidthType(self)   # where numba looks first
 
-_NEEDS = dict(avx512={'avx512f', 'avx512bw', 'avx512vl', 'avx512dq'}, avx2={'avx2', 'fma'}, neon={'neon'}, sse=set(), portable=set())
-_BLOCKS = dict(avx512=(16, 12, 2, 1), avx2=(8, 4, 3, 3), neon=(4, 8, 3, 2), sse=(4, 4, 2, 3), portable=(4, 4, 2, 3))
+_NEEDS = dict(avx512={'avx512f', 'avx512bw', 'avx512vl', 'avx512dq'}, avx2={'avx2', 'fma'}, neon={'neon'},
+              sse=set(), portable=set())
+_BLOCKS = dict(avx512=(16, 12, 2, 1), avx2=(8, 4, 3, 3), neon=(4, 8, 3, 2), sse=(4, 4, 2, 3),
+               portable=(4, 4, 2, 3))
 _DOTS = dict(avx512=dict(vpdpbusd512={'avx512vnni'}, vpmaddwd=set()),
              avx2=dict(vpdpbusd256={'avxvnni'}, vpmaddwd=set()),
              neon=dict(sdot={'dotprod'}), sse=dict(vpmaddwd=set()), portable={})
@@ -66,7 +68,8 @@ def dots(
 )->list:           # the best first
     "The 8-bit dot products that a width can use."
     has = cpu_features() if features is None else set(features)
-    if {'avx512vnni', 'avx512vl'} <= has: has = has | {'avxvnni'}   # the same 256-bit instruction, encoded otherwise
+    if {'avx512vnni', 'avx512vl'} <= has:
+        has = has | {'avxvnni'}   # the same 256-bit instruction, encoded otherwise
     return [d for d, needs in _DOTS[name].items() if needs <= has]
 
 @functools.cache
@@ -136,7 +139,8 @@ class Emit:
         "`lanes` consecutive elements at element offset `off`; no alignment is assumed."
         kind = ir.VectorType(ptr.type.pointee, lanes or self.lanes)
         return self.b.load(self.b.bitcast(self.at(ptr, off), kind.as_pointer()), align=1)
-    def store(self, v, ptr, off): self.b.store(v, self.b.bitcast(self.at(ptr, off), v.type.as_pointer()), align=1)
+    def store(self, v, ptr, off):
+        self.b.store(v, self.b.bitcast(self.at(ptr, off), v.type.as_pointer()), align=1)
     def scalar(self, ptr, off):
         kind = ptr.type.pointee
         return self.b.load(self.at(ptr, off), align=kind.width//8 if isinstance(kind, ir.IntType) else 4)
@@ -146,7 +150,8 @@ class Emit:
         lanes = lanes or self.lanes
         v = self.b.insert_element(ir.Constant(ir.VectorType(s.type, lanes), ir.Undefined), s, _I32(0))
         return self.shuffle(v, v, [0]*lanes)
-    def const(self, v, lanes=None): return ir.Constant(ir.VectorType(_F32, lanes or self.lanes), [float(v)]*(lanes or self.lanes))
+    def const(self, v, lanes=None):
+        return ir.Constant(ir.VectorType(_F32, lanes or self.lanes), [float(v)]*(lanes or self.lanes))
     def zero(self, kind=_F32, lanes=None):
         lanes = lanes or self.lanes
         return ir.Constant(ir.VectorType(kind, lanes), [0.0 if kind == _F32 else 0]*lanes)
@@ -165,7 +170,7 @@ def fma(self:Emit, a, b, c):
 
 @patch
 def loop(self:Emit, count, carried, body):
-    "Run `carried = body(k, carried)` for k = 0..count-1 (count >= 1), all in registers; return the last `carried`."
+    "Run `carried = body(k, carried)` for k = 0..count-1 (count >= 1), in registers; return the last one."
     start, inside, after = self.b.block, self.b.append_basic_block(), self.b.append_basic_block()
     self.b.branch(inside); self.b.position_at_end(inside)
     k, phis = self.b.phi(_I64), [self.b.phi(c.type) for c in carried]
@@ -193,7 +198,8 @@ class WidthType(types.Opaque):
 
 def _thawed(sources, *numbers):
     "The type again that numba finds in a file of its own; one of other sources is never met again."
-    return WidthType(Width(*numbers)) if sources == WidthType.sources else types.Opaque(f'{numbers} {sources}')
+    known = sources == WidthType.sources
+    return WidthType(Width(*numbers)) if known else types.Opaque(f'{numbers} {sources}')
 
 register_model(WidthType)(models.OpaqueModel)
 
@@ -207,7 +213,8 @@ class _Numbers(AttributeTemplate):
     def generic_resolve(self, kind, name): return types.int64
 
 @lower_getattr_generic(WidthType)
-def _number(context, builder, kind, value, name): return context.get_constant(types.int64, getattr(kind.width, name))
+def _number(context, builder, kind, value, name):
+    return context.get_constant(types.int64, getattr(kind.width, name))
 
 # %% ../../nbs/10_kernels/24_simd.ipynb #279055c0
 def _lower(context, builder, kind, value):
@@ -215,7 +222,8 @@ def _lower(context, builder, kind, value):
     if isinstance(kind, WidthType): return kind.width
     if isinstance(kind, types.Array): return cgutils.create_struct_proxy(kind)(context, builder, value).data
     if isinstance(kind, types.UniTuple):
-        return [_lower(context, builder, kind.dtype, builder.extract_value(value, i)) for i in range(kind.count)]
+        return [_lower(context, builder, kind.dtype, builder.extract_value(value, i))
+                for i in range(kind.count)]
     if isinstance(kind, types.Integer): return context.cast(builder, value, kind, types.int64)
     return value
 
@@ -239,7 +247,8 @@ def simd(
     return intrinsic(call)
 
 # %% ../../nbs/10_kernels/24_simd.ipynb #8c3d02d0
-TARGETS = dict(avx512=('x86_64-unknown-linux-gnu', 'skylake-avx512'), avx2=('x86_64-unknown-linux-gnu', 'haswell'),
+TARGETS = dict(avx512=('x86_64-unknown-linux-gnu', 'skylake-avx512'),
+               avx2=('x86_64-unknown-linux-gnu', 'haswell'),
                sse=('x86_64-unknown-linux-gnu', 'x86-64'), neon=('aarch64-unknown-linux-gnu', 'neoverse-n1'))
 
 def assembly(
@@ -254,7 +263,8 @@ def assembly(
     module, w = ir.Module(), Width(width, *_BLOCKS[width], '')
     f = ir.Function(module, ir.FunctionType(ir.VoidType(), [k for k, n in plan for _ in range(n or 1)]), name)
     builder, given = ir.IRBuilder(f.append_basic_block()), iter(f.args)
-    _emitters[name](Emit(builder, w.lanes), w, *[[next(given) for _ in range(n)] if n else next(given) for _, n in plan])
+    _emitters[name](Emit(builder, w.lanes), w, *[[next(given) for _ in range(n)] if n else next(given) for _,
+                                                 n in plan])
     builder.ret_void()
     triple, cpu = TARGETS[width]
     module.triple = triple
@@ -294,7 +304,8 @@ def _jit(f):
     "Compile without the interpreter lock; keep the result on disk where there is a place for it."
     options = dict(nogil=True, error_model='numpy')
     try: return njit(cache=True, **options)(f)
-    except RuntimeError: return njit(**options)(f)   # no writable folder beside the module or in the home directory
+    except RuntimeError:
+        return njit(**options)(f)   # no writable folder beside the module or in the home directory
 
 # %% ../../nbs/10_kernels/24_simd.ipynb #4354e98e
 _pools, _lock, _home = {}, threading.Lock(), os.getpid()
@@ -308,10 +319,11 @@ def _pool(n):
 
 @functools.cache
 def _team():
-    "The OpenMP runtime that torch brought along, or None: its threads are awake when torch has just used them."
+    "The OpenMP runtime of torch, or None: its threads are awake when torch has just used them."
     try: lib = ctypes.CDLL('libgomp.so.1', mode=os.RTLD_NOLOAD | os.RTLD_LAZY)
     except (OSError, AttributeError): return None
-    lib.GOMP_parallel.argtypes, lib.GOMP_parallel.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint), None
+    lib.GOMP_parallel.argtypes, lib.GOMP_parallel.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint,
+                                                            ctypes.c_uint), None
     return lib
 
 def _in_team(lib, piece, t):

@@ -22,7 +22,8 @@ _WINO = {
     2: dict(G=[[1, 0, 0], [.5, .5, .5], [.5, -.5, .5], [0, 0, 1]],
             BT=[[1, 0, -1, 0], [0, 1, 1, 0], [0, -1, 1, 0], [0, 1, 0, -1]],
             AT=[[1, 1, 1, 0], [0, 1, -1, -1]]),
-    4: dict(G=[[1/4, 0, 0], [-1/6, -1/6, -1/6], [-1/6, 1/6, -1/6], [1/24, 1/12, 1/6], [1/24, -1/12, 1/6], [0, 0, 1]],
+    4: dict(G=[[1/4, 0, 0], [-1/6, -1/6, -1/6], [-1/6, 1/6, -1/6], [1/24, 1/12, 1/6], [1/24, -1/12, 1/6],
+               [0, 0, 1]],
             BT=[[4, 0, -5, 0, 1, 0], [0, -4, -4, 1, 1, 0], [0, 4, -4, -1, 1, 0],
                 [0, -2, -1, 2, 1, 0], [0, 2, -1, -2, 1, 0], [0, 4, 0, -5, 0, 1]],
             AT=[[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]])}
@@ -32,7 +33,7 @@ def wino_books(
     m:int, # output tile, 2 or 4
     pitch, # floats per row of the result, >= (m+2)**2
 )->np.ndarray: # float32 [K, pitch]
-    "G C G^T for every codeword: the Winograd weight transform, done on the codebook and never on the weights."
+    "G C G^T for every codeword: the Winograd transform, done on the codebook and never on weights."
     G = np.array(_WINO[m]['G'])
     t = np.einsum('ia,kab,jb->kij', G, book.astype(np.float64).reshape(-1, 3, 3), G).reshape(len(book), -1)
     return np.pad(t, ((0, 0), (0, pitch - t.shape[1]))).astype(np.float32)
@@ -100,11 +101,14 @@ def _f4_decode(e, w, books, codes, row, rowstep, channels, out, to, step):
     M, R, n = len(books), w.rows, e.lanes
     pitch, last = -(-36//n)*n, 36 % n
     pieces = [(i, n, 0) for i in range(0, 36 - last, n)]
-    if last: pieces.append((36 - n, n, n - last) if n > 8 else (36 - last, last, 0))   # first position, lanes, lanes to skip
+    if last:
+        pieces.append((36 - n, n, n - last) if n > 8
+                      else (36 - last, last, 0))   # first position, lanes, lanes to skip
     def one(c, _):
         at, here = e.add(row, e.mul(c, M)), e.add(to, e.mul(c, R))
         for first, lanes, skip in pieces:
-            v = [_word(e, books, codes, e.add(e.mul(rowstep, r), at), pitch, [first], lanes)[0] for r in range(R)]
+            v = [_word(e, books, codes, e.add(e.mul(rowstep, r), at), pitch, [first], lanes)[0]
+                 for r in range(R)]
             for k, r, piece in _turned(e, v):
                 if k >= skip: e.store(piece, out, e.add(e.add(here, r), e.mul(step, first + k)))
         return []
@@ -163,9 +167,11 @@ def _f4_out(lo, hi, worker, w, s, room, V, vstep, grid, n0, y):
             for pos in range(36):
                 at, to = q*vpanel + pos*vstep, pos*mstep
                 if here == P:
-                    for b in range(B): _full(w, u, (b*36 + pos)*ustep, V, at, vpanel, I, sums, to + b*R*wide, wide)
+                    for b in range(B):
+                        _full(w, u, (b*36 + pos)*ustep, V, at, vpanel, I, sums, to + b*R*wide, wide)
                 else:
-                    for h in range(here): _slim(w, u, pos*ustep, 36*ustep, V, at + h*vpanel, I, sums, to + h*L, wide)
+                    for h in range(here):
+                        _slim(w, u, pos*ustep, 36*ustep, V, at + h*vpanel, I, sums, to + h*L, wide)
             _f4_panels(w, sums, mstep, s, grid, q, n0, o0, y)
 
 # %% ../../nbs/10_kernels/27_winograd.ipynb #08ea4225
@@ -182,7 +188,8 @@ class _Grid(NamedTuple):
 def _f4_grid(w, images, O, H, W):
     "The grid of some images, and the shape of the padded planes."
     L, TH, GX = w.lanes, -(-H//4), -(-W//w.lanes)
-    n, ty, gx = (a.reshape(-1) for a in np.meshgrid(np.arange(images), np.arange(TH), np.arange(GX), indexing='ij'))
+    n, ty, gx = (a.reshape(-1) for a in np.meshgrid(np.arange(images), np.arange(TH), np.arange(GX),
+                                                    indexing='ij'))
     panels, cols = -(-len(n)//4), L*GX + 20
     pad = [(0, panels*4 - len(n))]
     src, dst = np.pad((n*(4*TH + 2) + 4*ty)*cols + L*gx, pad), np.pad(n*O*H*W + 4*ty*W + L*gx, pad)
@@ -194,7 +201,7 @@ def conv3x3_f4(
     x:np.ndarray, # float32 [B, I, H, W], C-contiguous
     y:np.ndarray, # float32 [B, O, H, W] to write to
 ):
-    "3x3 convolution, stride 1, zero padding 1, with Winograd-domain codebooks F(4x4): 36 multiplications for 16 outputs."
+    "3x3 convolution, stride 1, zero padding 1, with Winograd-domain codebooks F(4x4)."
     check_call(p, x, y, 9, 1)
     (B, I, H, W), t, w = x.shape, torch.get_num_threads(), width()
     pitch, tall, wide = -(-36//w.lanes)*w.lanes, w.rows*w.blocks, w.lanes*w.panels
@@ -221,7 +228,8 @@ def _f2_block(w):
 def _f2_input(e, w, plane, offs, tiles, pitch, out, at, step):
     "Input transform of one channel: a 4x4 patch becomes 16 numbers; blocks of tiles are `step` apart."
     sign = ir.Constant(ir.VectorType(_F32, 16), [-1.0, 1.0, -1.0, -1.0]*4)
-    left, right = [4*y + x for y in range(4) for x in (0, 1, 2, 1)], [4*y + x for y in range(4) for x in (2, 2, 1, 3)]
+    left, right = [4*y + x for y in range(4) for x in (0, 1, 2, 1)], [4*y + x for y in range(4)
+                                                            for x in (2, 2, 1, 3)]
     T, eight = _f2_block(w)[1], list(range(8))
     def tile(t, _):
         o = e.scalar(offs, t)
@@ -243,17 +251,21 @@ def _f2_gemm(e, w, books, codes, first, rowstep, channels, V, at, out, to, step)
         for r in range(R):
             code = e.add(e.add(first, e.mul(rowstep, r)), e.mul(c, M))
             word = _word(e, books, codes, code, 16, spots, L, 'add' if whole else 'fadd')
-            if whole: word = [e.b.sitofp(e.b.sext(v, ir.VectorType(_I32, L)), ir.VectorType(_F32, L)) for v in word]
+            if whole:
+                word = [e.b.sitofp(e.b.sext(v, ir.VectorType(_I32, L)), ir.VectorType(_F32, L)) for v in word]
             u.append(word)
-        for t in range(T):   # each tile is loaded just before its uses: sums, weights and one tile fit the registers
+        # each tile is loaded just before its uses: sums, weights and one tile fit the registers
+        for t in range(T):
             for i, o in enumerate(spots):
                 v = e.load(V, e.add(at, e.add(e.mul(c, 16*T), 16*t + o)))
-                for r in range(R): new[(R*t + r)*len(spots) + i] = e.fma(u[r][i], v, acc[(R*t + r)*len(spots) + i])
+                for r in range(R):
+                    new[(R*t + r)*len(spots) + i] = e.fma(u[r][i], v, acc[(R*t + r)*len(spots) + i])
         return new
     acc = e.loop(channels, [e.zero()]*(R*T*len(spots)), one)
     for r in range(R):
         for t in range(T):
-            for i, o in enumerate(spots): e.store(acc[(R*t + r)*len(spots) + i], out, e.add(to, e.add(e.mul(step, r), 16*t + o)))
+            for i, o in enumerate(spots):
+                e.store(acc[(R*t + r)*len(spots) + i], out, e.add(to, e.add(e.mul(step, r), 16*t + o)))
 
 # %% ../../nbs/10_kernels/27_winograd.ipynb #8526a1e7
 @simd
@@ -305,9 +317,10 @@ def _f2_out(lo, hi, worker, w, s, room, R, T, V, vstep, where, tiles, y):
 
 @functools.lru_cache(maxsize=512)
 def _f2_grid(w, B, H, W):
-    "2x2 tiles, rounded up to a vector: shape of the padded planes, where each starts in them and in the image."
+    "2x2 tiles, rounded up to a vector: shape of the padded planes, where each starts in both."
     TH, TW = -(-H//2), -(-W//2)
-    n, ty, tx = (a.reshape(-1) for a in np.meshgrid(np.arange(B), np.arange(TH), np.arange(TW), indexing='ij'))
+    n, ty, tx = (a.reshape(-1) for a in np.meshgrid(np.arange(B), np.arange(TH), np.arange(TW),
+                                                    indexing='ij'))
     src = np.pad((n*(2*TH + 2) + 2*ty)*(2*TW + 4) + 2*tx, (0, -len(n) % w.lanes))
     return (B, 2*TH + 2, 2*TW + 4), src, np.stack([n, 2*ty, 2*tx], 1)
 
@@ -321,12 +334,14 @@ def conv3x3_f2(
     check_call(p, x, y, 9, 1)
     (B, I, H, W), t, w = x.shape, torch.get_num_threads(), width()
     if p.books.dtype == np.int8:
-        s = p.stored(p.table('f2/int16', lambda b: (4*wino_books(b, 2, 16)).astype(np.int16)), p.scales*np.float32(.25))
+        s = p.stored(p.table('f2/int16', lambda b: (4*wino_books(b, 2, 16)).astype(np.int16)),
+                     p.scales*np.float32(.25))
     else: s = p.stored(p.table('f2', lambda b: wino_books(b, 2, 16)))
     (R, T), (plane, src, where) = _f2_block(w), _f2_grid(w, B, H, W)
     tiles, vstep, blocks = len(src), I*16*T + 16, -(-p.O//R)
     planes, V = scratch('planes', (t, *plane)), scratch('V', (tiles//T*vstep,))
     run_threads(_f2_in, I, w, x, src, T, planes, V, vstep)
-    room = (scratch('codes', (R*blocks*I*p.M + 16,), np.int16), scratch('sums', (16*R*blocks*tiles,)), scratch('small', (t, 80)))
+    room = (scratch('codes', (R*blocks*I*p.M + 16,), np.int16), scratch('sums', (16*R*blocks*tiles,)),
+            scratch('small', (t, 80)))
     run_threads(_f2_out, blocks, w, s, room, R, T, V, vstep, where, tiles, y)
     return y
