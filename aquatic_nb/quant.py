@@ -175,8 +175,8 @@ def quantize(
     layers, size = _check_model(model), sum(p.numel() for p in model.parameters())
     home = str(device or next(model.parameters()).device)
     if sequential == 'auto': sequential = size <= _LARGE or 'cuda' in home
-    s = _Settings(bits, bool(laq), beam, sweeps, n_calibration or (64 if size <= _LARGE else 16), guidance_scale,
-                  bool(sequential), codebook_dtype, act_bits, tune, seed, memory)
+    s = _Settings(bits, bool(laq), beam, sweeps, n_calibration or (64 if size <= _LARGE else 16),
+                  guidance_scale, bool(sequential), codebook_dtype, act_bits, tune, seed, memory)
     _check_arguments(s, calibration)
     fixed = match_layers(overrides, {n: tuple(m.weight.shape) for n, m in layers.items()})
     left = [n for n in _unstorable(layers) if n not in fixed]

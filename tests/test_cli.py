@@ -10,7 +10,7 @@ from diffusers import UNet2DModel
 from aquatic_nb import cli
 from aquatic_nb.core import work_lock
 from aquatic_nb.walk import SAMPLING_GUIDANCE
-from packed_models import class_pipe, conditional, ddpm, fill, plain
+from packed_models import class_pipe, conditional, ddpm, plain
 
 def aquatic(capsys, *args):
     "Run a command in this process."

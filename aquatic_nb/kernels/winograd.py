@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from llvmlite import ir
 
-from .decode import Packed, _rows, _unpack_range, _word, check_call
+from .decode import Packed, _rows, _word, check_call
 from .gemm import _full, _slim, _turned
 from .simd import _F32, _I32, _I64, _jit, _transpose, run_threads, scratch, simd, width
 
