@@ -32,3 +32,12 @@ def _register_kernels(layers):
 
 core.when_imported('diffusers.quantizers.auto', _register_backend)  # diffusers knows packed models
 core.when_imported('aquatic_nb.layers', _register_kernels)          # packed layers find the fast kernels
+
+_DOORS = dict(samples='eval.samples', **{o: o for o in (
+    'bench', 'calib', 'cpu', 'format', 'hub', 'layers', 'ldm4', 'metrics', 'quant', 'zoo')})
+
+
+def __getattr__(name):
+    "A door after a plain `import aquatic_nb`: the room behind `aquatic_nb.quant` is entered when it is first named."
+    if name in _DOORS: return import_module(f'aquatic_nb.{_DOORS[name]}')
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

@@ -24,7 +24,7 @@ import torch
 import typer
 
 import aquatic_nb
-from .core import FolderInUse, machine, native_bfloat16, progress_bar, sha256_of, write_atomic
+from .core import FolderInUse, machine, progress_bar, sha256_of, write_atomic
 from .kaq import packable
 from .sources import NotEnoughMemory, Source, check_destination, check_memory, empty_model
 from .sources import find_source, free_memory, load_pipeline, load_source, memory_needed
@@ -85,7 +85,7 @@ def main(
         code = _BAD_INPUT
     sys.exit(code or 0)
 
-# %% ../nbs/12_command/40_cli.ipynb #6bd29358
+# %% ../nbs/12_command/40_cli.ipynb #3a356fd7
 def _option(kind, help, *names, **more): # names: as they are typed, where the parameter's own will not do
     return Annotated[kind, typer.Option(*names, help=help, **more)]
 
@@ -102,7 +102,7 @@ _Force = _option(bool, 'Replace what is there.', '--force')
 _Json = _option(bool, 'Print the result as one JSON object.', '--json')
 _Debug = _option(bool, 'Show where an error comes from.', '--debug')
 
-# %% ../nbs/12_command/40_cli.ipynb #76027a75
+# %% ../nbs/12_command/40_cli.ipynb #fc13c1b9
 @contextmanager
 def _stages(title, total, every=2.):
     "`stage(name, f)`, which runs `f` under a bar over all stages, and the seconds that each took."
@@ -122,7 +122,7 @@ def _stages(title, total, every=2.):
         try: yield stage, seconds
         finally: over.set()
 
-# %% ../nbs/12_command/40_cli.ipynb #b6bda862
+# %% ../nbs/12_command/40_cli.ipynb #f89471e4
 _LARGE = 100_000_000 # parameters; above, `quantize` calibrates with fewer trajectories
 
 def _stages_of(model, settings, data):
@@ -149,7 +149,7 @@ def _plan_text(result, table):
     memory = f'about {result["memory"]["total"]/2**30:.1f} GB of memory'
     return '\n'.join([by.reset_index().to_string(index=False, na_rep=''), sum_up, *stages, memory])
 
-# %% ../nbs/12_command/40_cli.ipynb #bfcb5157
+# %% ../nbs/12_command/40_cli.ipynb #e032bb08
 def _takes(source, name):
     "Whether the pipeline of a source takes an argument of this name."
     if source.part is None: return False
@@ -199,7 +199,7 @@ _WalkGuidance = _option(Optional[float], 'Guidance scale of the calibration; wha
 _Prompts = _option(Optional[Path], "Texts to calibrate with, a UTF-8 file, one a line; the package's own "
                    'where not given.')
 
-# %% ../nbs/12_command/40_cli.ipynb #a013710b
+# %% ../nbs/12_command/40_cli.ipynb #cf5e7669
 @app.command()
 @_guarded
 def quantize(
@@ -244,7 +244,7 @@ def quantize(
     work_dir = work_dir or dst.with_name(dst.name + '.work')
     _give(_run_quantize(source, dst, work_dir, calibration, force, settings), as_json)
 
-# %% ../nbs/12_command/40_cli.ipynb #c369f613
+# %% ../nbs/12_command/40_cli.ipynb #761829f1
 def _told_before(source, settings, calibration):
     "What a run would do, as a dictionary and as text; no weight is read."
     skeleton = empty_model(source)
@@ -365,7 +365,7 @@ _Batch = _option(int, 'ldm4: images in one call.', min=1)
 _Runs = _option(Path, 'ldm4: folder for samples, quantized layers, features and run.json; give it again to '
                 'go on.')
 
-# %% ../nbs/12_command/40_cli.ipynb #18ceba4c
+# %% ../nbs/12_command/40_cli.ipynb #007941cb
 @app.command()
 @_guarded
 def evaluate(
@@ -405,7 +405,7 @@ def evaluate(
     settings = dict(seed=seed, steps=steps, classes=_numbers(classes), prompt=prompt) | scale
     _give(_evaluate_pipelines(src, against, variant, n or 300, settings), as_json)
 
-# %% ../nbs/12_command/40_cli.ipynb #16bab42f
+# %% ../nbs/12_command/40_cli.ipynb #2fe1df3d
 def _evaluate_pipelines(src, against, variant, n, settings):
     "Sample from one pipeline or two, and judge."
     sources = [find_source(src, variant=variant), *([] if against is None else [find_source(against)])]
@@ -449,31 +449,40 @@ def info(
     as_json:_Json=False,   # result as JSON
     debug:_Debug=False,    # show where an error comes from
 ):
-    "Look inside: layers, bits, sizes, and the kernels of this machine. Reads and checks the whole model."
-    result, table = (_look_inside(find_source(src, variant=variant)) if src else ({}, None))
-    result |= _kernels()
+    "Look inside: layers, bits, sizes, kernels. Reads and checks the whole model; without SRC: this machine."
+    result, table = _look_inside(find_source(src, variant=variant)) if src else ({}, None)
+    result |= _machine()
     lines = '\n'.join(f'{k}: {v}' for k, v in result.items())
     if table is None: return _give(result, as_json, lines)
     if layers: lines = f'{table.to_string(index=False)}\n{lines}'
     _give({**result, 'layers': table.to_dict('records')}, as_json, lines)
 
+def _machine():
+    "What would run packed layers here, and why."
+    return dict(kernels=sorted(aquatic_nb.layers.KERNELS), **aquatic_nb.cpu.cpu_report(), machine=machine())
+
+# %% ../nbs/12_command/40_cli.ipynb #2b6b03ff
 def _look_inside(source):
     "Totals of a model, and a row for each layer."
     folder, variant = source.model_path, source.variant
     model = aquatic_nb.hub.load_quantized(folder, variant=variant)
-    names = aquatic_nb.format.weight_files(folder, variant)
-    table = aquatic_nb.quant.quant_report(model)
+    names, table = aquatic_nb.format.weight_files(folder, variant), aquatic_nb.quant.quant_report(model)
     packed = table[table.scheme != 'dense']
     totals = {k: round(v, 4) for k, v in table.attrs.items()}
-    return dict(model=type(model).__name__, packed_layers=len(packed), dense_layers=len(table) - len(packed),
-                **totals, file_bytes=sum(f.stat().st_size for f in names), files=[f.name for f in names],
-                schemes=packed.scheme.value_counts().to_dict()), table
+    result = dict(model=type(model).__name__, packed_layers=len(packed),
+                  dense_layers=len(table) - len(packed), **totals, file_bytes=sum(f.stat().st_size for f in names), files=[f.name for f in names],
+                  schemes=packed.scheme.value_counts().to_dict())
+    if packed.empty: return result, table
+    chosen = _chosen_kernels(model)
+    if isinstance(chosen, str): return {**result, 'runs': chosen}, table
+    table = table.merge(chosen, how='left', left_on='layer', right_index=True)
+    return {**result, 'runs': chosen.kernel.value_counts().to_dict()}, table
 
-def _kernels():
-    "What would run packed layers here."
-    width = 'AVX-512' if aquatic_nb.cpu.use_simd() else 'portable'
-    return dict(kernels=sorted(aquatic_nb.layers.KERNELS), width=width, bfloat16=native_bfloat16(),
-                torch=torch.backends.cpu.get_cpu_capability(), machine=machine())
+def _chosen_kernels(model):
+    "The kernel of each packed layer in a call of one sample, and why no other; or why that is not known."
+    try: call, = aquatic_nb.calib.calibration_batches(model, 'auto', 1, steps=1)
+    except ValueError as e: return f'not tried: {e}'
+    return aquatic_nb.cpu.explain_kernels(model, dict(call))[['kernel', 'why']]
 
 # %% ../nbs/12_command/40_cli.ipynb #7f041b4e
 _ToTime = _argument(Optional[str], 'A packed model or pipeline folder; not with --peers.')
@@ -487,7 +496,7 @@ _CallBatch = _option(int, 'Images in one call.', min=1)
 _Repeats = _option(int, 'Timed calls; the median counts.', min=1)
 _Threads = _option(Optional[int], "Threads; torch's choice where not given.", min=1)
 
-# %% ../nbs/12_command/40_cli.ipynb #bbef2c2e
+# %% ../nbs/12_command/40_cli.ipynb #473ee6e2
 @app.command()
 @_guarded
 def bench(
@@ -597,7 +606,7 @@ def demo(
         _say(f'\nfinished layers are kept in {out/"work"}: run the same command again to go on')
         raise
 
-# %% ../nbs/12_command/40_cli.ipynb #4b284b86
+# %% ../nbs/12_command/40_cli.ipynb #267ded03
 _QUANTIZE_ROWS = 105_000  # quantizing the shipped model takes about as long as so many rows of its U-Net
 _DEMO_STEPS, _DEMO_BATCH = 20, 16
 
@@ -643,7 +652,7 @@ def _run_demo(out, settings, n):
     picture = lambda path: _side_by_side(images, small, labels, path)
     return _write_demo(out, found, quant.quant_report(pipe.unet), picture)
 
-# %% ../nbs/12_command/40_cli.ipynb #aa364cb8
+# %% ../nbs/12_command/40_cli.ipynb #efa37d8c
 def _announcement(settings, n, minutes):
     "What the demo will do, and about how long that takes here."
     return (f'demo: {n} images of the shipped model at full precision; its U-Net quantized to '

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['AquaticMethod', 'AquaticConfig', 'check_savable', 'AquaticQuantizer', 'attach', 'dequantize', 'model_class',
-           'load_quantized', 'check_replaceable', 'save_quantized', 'lora_config']
+           'load_quantized', 'check_replaceable', 'save_quantized']
 
 # %% ../nbs/08_files/22_hub.ipynb #4fab6a7b
 import aquatic_nb.core # noqa: F401  before diffusers, which wants torchvision's operators
@@ -23,7 +23,7 @@ import weakref
 
 from enum import Enum
 
-from functools import cache, wraps
+from functools import wraps
 
 from pathlib import Path
 
@@ -54,7 +54,7 @@ from .format import CHECKSUMS, FORMAT_VERSION, StoredModel, check_loaded, file_t
 
 from .format import shared_codebooks, weight_files
 
-from .layers import AQConv2d, AQLayer, AQLinear, packed_layers, swap, why_not_replaced
+from .layers import AQConv2d, AQLayer, packed_layers, swap, why_not_replaced
 
 from .pack import pack_uniform
 
@@ -537,39 +537,35 @@ when_imported('diffusers.models.unets.unet_motion_model', _teach_copying)
 # %% ../nbs/08_files/22_hub.ipynb #ee11b2a7
 _MERGE_FIRST = 'merge it into the dense model (hub.dequantize gives one) and quantize that'
 
-def _no_conv(base, *args, **kwargs):
-    raise ValueError(
-        f'LoRA on a packed convolution ({base}) is not possible; name linear layers in target_modules '
-        f'(to_q, to_k, to_v, ...), or {_MERGE_FIRST}')
+def _no_merge(cls):
+    "Let a class of adapters refuse to merge into a packed layer."
+    merge = vars(cls).get('merge')
+    if merge is None or getattr(merge, '__isabstractmethod__', False): return
+    @wraps(merge)
+    def ours(self, *args, **kwargs):
+        if isinstance(self.get_base_layer(), AQLayer): raise ValueError(
+            f'merge: a packed layer cannot take in an adapter; keep it as an adapter, or {_MERGE_FIRST}')
+        return merge(self, *args, **kwargs)
+    cls.merge = ours
 
-@cache
-def _adapters():
-    "What peft puts around a packed layer of each type."
-    from peft.tuners import lora # optional
-    class PackedLinear(lora.Linear):
-        "A linear layer's adapter, which stays one while the layer is packed."
-        def merge(self, *args, **kwargs):
-            if isinstance(self.get_base_layer(), AQLayer): raise ValueError(
-                f'merge: a packed layer cannot take in an adapter; keep it as an adapter, or {_MERGE_FIRST}')
-            super().merge(*args, **kwargs)
-    return {AQLinear: PackedLinear, AQConv2d: _no_conv}
+def _teach_merging(module):
+    "Let every kind of adapter of peft, those of today and those still to be defined, refuse to merge."
+    def family(cls): return {cls}.union(*map(family, cls.__subclasses__()))
+    for cls in family(module.BaseTunerLayer): _no_merge(cls)
+    module.BaseTunerLayer.__init_subclass__ = classmethod(_no_merge)
 
-# %% ../nbs/08_files/22_hub.ipynb #4108503c
-def lora_config(
-    config, # a `peft.LoraConfig`
-):          # the same, which now knows packed layers
-    "Let peft put adapters around packed linear layers; for packed convolutions that is a ValueError."
-    config._register_custom_module(_adapters())
-    return config
+when_imported('peft.tuners.tuners_utils', _teach_merging)
 
 # %% ../nbs/08_files/22_hub.ipynb #c7064dbd
-def _teach_peft(module):
-    "Let `peft.tuners.lora.model` know packed layers, whoever makes the `LoraConfig`."
+def _teach_lora(module):
+    "Let `peft.tuners.lora.model` refuse packed convolutions."
     create = module.LoraModel._create_new_module
     def ours(config, adapter_name, target, **kwargs):
         base = target.get_base_layer() if hasattr(target, 'get_base_layer') else target
-        if isinstance(base, AQLayer): config = lora_config(config)
+        if isinstance(base, AQConv2d): raise ValueError(
+            f'LoRA on a packed convolution ({base}) is not possible; name linear layers in target_modules '
+            f'(to_q, to_k, to_v, ...), or {_MERGE_FIRST}')
         return create(config, adapter_name, target, **kwargs)
     module.LoraModel._create_new_module = staticmethod(ours)
 
-when_imported('peft.tuners.lora.model', _teach_peft)
+when_imported('peft.tuners.lora.model', _teach_lora)

@@ -28,7 +28,7 @@ from .knapsack import allocate, bits_to_bytes
 from .laq import sensitivity, worth_of
 from .layers import packed_layers
 from .pack import WorkDir, encode_model, pack, quant_report, uniform_plan
-from .probe import split_points, thinned
+from .probe import split_points, thinned, timestep_weights
 from .tune.distill import TuneConfig, tune_model
 
 # %% ../nbs/09_door/23_quant.ipynb #6bb17dba
@@ -259,6 +259,6 @@ def choose(self:_Job, calls):
 def tune(self:_Job, dense, calls):
     "Distillation from the model as it was; its checkpoint lies in the work folder."
     checkpoint = None if self.work.path is None else self.work.path/'tuning.pt'
-    tune_model(self.model, dense, self.calibration, self.settings.tune, points=split_points(calls)[1],
-               checkpoint=checkpoint,
-               run=self.shared_run, **self.sources)
+    weights = timestep_weights(dense, split_points(calls)[1], .5)
+    tune_model(self.model, dense, self.calibration, self.settings.tune, weights, prompts=self.sources['prompts'],
+               seed=self.settings.seed, checkpoint=checkpoint, run=self.shared_run)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PATIENCE', 'param_groups', 'SeMIPV', 'nearest_codes', 'Jump', 'agreement']
 
-# %% ../nbs/07_tuning/19_semi_pv.ipynb #a5ec5bfa
+# %% ../nbs/07_tuning/19_semi_pv.ipynb #afd3282a
 import math
 from dataclasses import dataclass
 
@@ -17,7 +17,7 @@ from .aq import sum_codewords
 from .encode import search_codes
 from .tune.layers import ROLES, as_groups, opened_layers
 
-# %% ../nbs/07_tuning/19_semi_pv.ipynb #235eb4be
+# %% ../nbs/07_tuning/19_semi_pv.ipynb #03fedfbc
 def param_groups(
     model:nn.Module,      # a model with opened layers
     lr:float=1e-3,        # of codebooks, in units of the parameter
@@ -39,7 +39,7 @@ def param_groups(
     return [dict(role=r, params=list(ps.values()), names=list(ps), lr=rates[r], base_lr=rates[r],
                  betas=tuple(code_betas if r == 'codes' else betas)) for r, ps in found.items() if ps]
 
-# %% ../nbs/07_tuning/19_semi_pv.ipynb #f1498680
+# %% ../nbs/07_tuning/19_semi_pv.ipynb #f406f8dd
 class SeMIPV(torch.optim.Optimizer):
     "PV-Tuning with selective momentum invalidation."
     def __init__(self,
@@ -65,12 +65,13 @@ class SeMIPV(torch.optim.Optimizer):
         self.membership, self.code_every, self.code_fraction = membership, code_every, code_fraction
         self.trust_ratio, self.clear, self.state_dtype, self.beam = trust_ratio, clear, state_dtype, beam
         coded = [(o, o.roles()) for o in layers.values()]
-        self.owner = {id(p): o for o, roles in coded for r in ('codes', 'codebooks') for p in roles.get(r, {}).values()}
+        self.owner = {id(p): o for o, found in coded for r in ('codes', 'codebooks')
+                      for p in found.get(r, {}).values()}
         self.steps, self.listens, self.jumps = 0, True, {}     # jumps of the last step, by layer
         self.changed = dict(additive=0, integer=0)             # groups that moved in the last step
         self.moved = dict(additive=0, integer=0)
 
-# %% ../nbs/07_tuning/19_semi_pv.ipynb #f4c9d6fc
+# %% ../nbs/07_tuning/19_semi_pv.ipynb #d92e71d2
 def _adam(st, g, betas, eps=1e-12) -> Tensor:
     "Feed a gradient to the moments; returns the normalised direction."
     b1, b2 = betas
@@ -91,7 +92,7 @@ def _unit(p, role, name):
     if role == 'scales' or name.endswith('act.scale'): return p.abs()
     return 10. if role == 'act' else p.square().mean().sqrt().clamp(min=.01)
 
-# %% ../nbs/07_tuning/19_semi_pv.ipynb #4f0e2478
+# %% ../nbs/07_tuning/19_semi_pv.ipynb #7cb7526b
 @patch
 def state_of(self:SeMIPV, p, role) -> dict:
     "The moments of a parameter, made when first asked for."
@@ -103,7 +104,7 @@ def state_of(self:SeMIPV, p, role) -> dict:
     st.update(n_v=torch.zeros((), device=p.device), n_m=torch.zeros_like(block, dtype=torch.float32))
     return st
 
-# %% ../nbs/07_tuning/19_semi_pv.ipynb #e68283d4
+# %% ../nbs/07_tuning/19_semi_pv.ipynb #3a4596f3
 @patch
 @torch.no_grad()
 def step(self:SeMIPV, closure=None):
@@ -124,7 +125,7 @@ def step(self:SeMIPV, closure=None):
     for layer in self.layers.values(): layer.decode()
     return loss
 
-# %% ../nbs/07_tuning/19_semi_pv.ipynb #da2297ee
+# %% ../nbs/07_tuning/19_semi_pv.ipynb #072293b9
 def nearest_codes(
     target:Tensor,    # [n, d] what the sums should come near to, in units of the codebooks
     codebooks:Tensor, # [M, K, d] float32
@@ -137,7 +138,7 @@ def nearest_codes(
     linear = (target.float() @ metric).contiguous()
     return search_codes(linear, codebooks, metric.contiguous(), codes.to(torch.int32).contiguous(), beam)
 
-# %% ../nbs/07_tuning/19_semi_pv.ipynb #94c32b3e
+# %% ../nbs/07_tuning/19_semi_pv.ipynb #4ccf2861
 @patch
 def listen(self:SeMIPV, layer, grad, betas) -> dict: # the layer's state
     "Take in a gradient: the average, and what it varies by along rows, along groups and inside a group."
@@ -156,7 +157,7 @@ def listen(self:SeMIPV, layer, grad, betas) -> dict: # the layer's state
         for k, o in new.items(): st[k].lerp_(o, 1 - b2)
     return st
 
-# %% ../nbs/07_tuning/19_semi_pv.ipynb #5d2162f7
+# %% ../nbs/07_tuning/19_semi_pv.ipynb #03342b9d
 @patch
 def metric(self:SeMIPV, layer) -> tuple: # K [d, d] of trace d; r k [O, J] in squared gradients
     "Second moments of a single gradient, as a product of rows, groups and the places in a group."
@@ -166,7 +167,7 @@ def metric(self:SeMIPV, layer) -> tuple: # K [d, d] of trace d; r k [O, J] in sq
     size = st['row'][:, None]*st['group']/st['row'].mean().clamp(min=1e-38)/len(inside)
     return inside, size.clamp(min=1e-3*size.mean() + 1e-38)
 
-# %% ../nbs/07_tuning/19_semi_pv.ipynb #0ec320cf
+# %% ../nbs/07_tuning/19_semi_pv.ipynb #b31817f5
 @dataclass
 class Jump:
     "What a code step changed in one layer."
@@ -175,7 +176,7 @@ class Jump:
 
 PATIENCE = 20 # gradients that an average has to hold before codes jump by it
 
-# %% ../nbs/07_tuning/19_semi_pv.ipynb #8fc1360c
+# %% ../nbs/07_tuning/19_semi_pv.ipynb #118fbaa8
 @patch
 def step_codes(self:SeMIPV):
     "Average the gradients of codes; let them jump when their turn has come."
@@ -194,7 +195,7 @@ def step_codes(self:SeMIPV):
     for k, n in self.changed.items(): self.moved[k] += n
     if self.jumps and self.selector == 'B': self.invalidate('B')
 
-# %% ../nbs/07_tuning/19_semi_pv.ipynb #3b851d0a
+# %% ../nbs/07_tuning/19_semi_pv.ipynb #c0e09dca
 @patch
 def jump(self:SeMIPV, layer, group) -> Jump: # None where nothing moved
     "Let codes jump where the averaged gradient clearly says so."
@@ -210,7 +211,7 @@ def jump(self:SeMIPV, layer, group) -> Jump: # None where nothing moved
     count = lambda c: torch.stack([torch.bincount(c[:, m].long(), minlength=K) for m in range(M)]).float()
     return Jump(groups.view(layer.codes.shape[:2]), (count(old) + count(new))/count(flat).clamp(min=1))
 
-# %% ../nbs/07_tuning/19_semi_pv.ipynb #decee32f
+# %% ../nbs/07_tuning/19_semi_pv.ipynb #b1c57bbc
 @patch
 def ask(self:SeMIPV, layer, group) -> tuple: # (index of groups [n], their new codes [n, M]), or None
     "Which groups would gain by other codes, clearly, within the trust ratio."
@@ -236,7 +237,7 @@ def ask(self:SeMIPV, layer, group) -> tuple: # (index of groups [n], their new c
     score = torch.where((new != old).any(1), gain/noise.sqrt().clamp(min=1e-38), 0)
     return self.admit(rank, new, move, score, (self.trust_ratio*layer.weight).square().sum())
 
-# %% ../nbs/07_tuning/19_semi_pv.ipynb #deeb5238
+# %% ../nbs/07_tuning/19_semi_pv.ipynb #c0668077
 def _spread(b1, n):
     "Variance of a moving average of n numbers, against that of one of them."
     return (1 - b1)/(1 + b1)*(1 + b1**n)/(1 - b1**n).clamp(min=1e-12)
@@ -251,7 +252,7 @@ def admit(self:SeMIPV, rank, new, move, score, limit) -> tuple: # (index of grou
     order = order[before < limit]
     return rank[order], new[order]
 
-# %% ../nbs/07_tuning/19_semi_pv.ipynb #d6edca67
+# %% ../nbs/07_tuning/19_semi_pv.ipynb #f1966d70
 @patch
 def state_dict(self:SeMIPV) -> dict:
     "Optimizer state, with the counts of steps and of groups that moved."
@@ -267,7 +268,7 @@ def load_state_dict(self:SeMIPV, state_dict):
         for k in ('m', 'v'):
             if k in st: st[k] = st[k].to(self.state_dtype or torch.float32)
 
-# %% ../nbs/07_tuning/19_semi_pv.ipynb #bef70387
+# %% ../nbs/07_tuning/19_semi_pv.ipynb #51f6b161
 @patch
 def share_moved(self:SeMIPV) -> dict: # kind -> share, counted again where a group moved again
     "Groups that moved so far, against all there are."
@@ -282,7 +283,7 @@ def code_layers(self:SeMIPV) -> list:
 
 def _kind(layer): return 'integer' if layer.integer else 'additive'
 
-# %% ../nbs/07_tuning/19_semi_pv.ipynb #a186c2fb
+# %% ../nbs/07_tuning/19_semi_pv.ipynb #404683f8
 def _forget(st, mask, moments):
     "Zero the chosen moments where the mask (of block shape, or True) says so."
     for k in moments:
@@ -304,7 +305,7 @@ def agreement(
     size = ((g*g).sum(dims, keepdim=True)*(m*m).sum(dims, keepdim=True)).sqrt()
     return torch.where(size > 0, dot/size.clamp(min=1e-38), 1.)
 
-# %% ../nbs/07_tuning/19_semi_pv.ipynb #dccf31ce
+# %% ../nbs/07_tuning/19_semi_pv.ipynb #6c2e81a0
 @patch
 def mask(self:SeMIPV, selector, p, st, role): # tensor of block shape, True for all, None for none
     "Which blocks of a parameter the selector points at."
@@ -318,7 +319,7 @@ def mask(self:SeMIPV, selector, p, st, role): # tensor of block shape, True for 
     if not found or role == 'codes': return None                  # those of the groups are gone already
     return (torch.stack([o.members for o in found]).amax(0) > self.membership)[..., None]
 
-# %% ../nbs/07_tuning/19_semi_pv.ipynb #7b4614a3
+# %% ../nbs/07_tuning/19_semi_pv.ipynb #6e10bd52
 @patch
 @torch.no_grad()
 def invalidate(self:SeMIPV,

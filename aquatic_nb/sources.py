@@ -6,7 +6,7 @@
 __all__ = ['Source', 'find_source', 'empty_model', 'load_pipeline', 'load_source', 'read_prompts', 'parse_overrides',
            'NotEnoughMemory', 'free_memory', 'memory_needed', 'check_memory', 'check_destination']
 
-# %% ../nbs/12_command/39_sources.ipynb #8552de82
+# %% ../nbs/12_command/39_sources.ipynb #69f7799f
 import json
 import math
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ import torch
 import aquatic_nb
 from .kaq import packable
 
-# %% ../nbs/12_command/39_sources.ipynb #c837ae3b
+# %% ../nbs/12_command/39_sources.ipynb #d078fb75
 _SHIPPED = ('mini-ldm',)
 _DENOISERS = ('unet', 'transformer')
 
@@ -34,7 +34,7 @@ class Source:
     def model_path(self): # the folder that describes the model
         return self.config or (self.path if self.part is None else self.path/self.part)
 
-# %% ../nbs/12_command/39_sources.ipynb #40f7fc03
+# %% ../nbs/12_command/39_sources.ipynb #0c942c82
 def _variants(folder):
     "The variants of the weights in a model folder; '' stands for files without one."
     found = set()
@@ -60,7 +60,7 @@ def _choose_variant(folders, wanted):
     names = sorted(set().union(*lacking))
     raise ValueError(f'{str(folders[0])!r} has weights of several variants, {names}; choose with --variant')
 
-# %% ../nbs/12_command/39_sources.ipynb #4aa12da0
+# %% ../nbs/12_command/39_sources.ipynb #5572e233
 def _components(path):
     "The folders of a pipeline that hold a model."
     return sorted(o for o in path.iterdir() if o.is_dir() and (o/'config.json').is_file())
@@ -96,7 +96,7 @@ def find_source(
     raise ValueError(f'{src!r} holds neither model_index.json nor config.json: no diffusers model or '
                      'pipeline; give the folder that does')
 
-# %% ../nbs/12_command/39_sources.ipynb #7d9f98d8
+# %% ../nbs/12_command/39_sources.ipynb #032514fc
 _CONFIGS = ('sd15', 'sdxl')
 _PREFIX = 'model.diffusion_model.'   # of the U-Net in the original's files
 
@@ -121,7 +121,7 @@ def _in_file(path, config):
                          'give one that does')
     return Source(path, config=_config_folder(config))
 
-# %% ../nbs/12_command/39_sources.ipynb #5de24bbe
+# %% ../nbs/12_command/39_sources.ipynb #686f794b
 def empty_model(
     source:Source, # where the model is
 ):                 # the model on the meta device
@@ -150,7 +150,7 @@ def _check_file(path, model, folder):
         a, b = (tuple(o[name].shape) if name in o else 'missing' for o in (found, want))
         if a != b: raise ValueError(f'{lead}: {name!r} is {a} in the file, {b} by the description; {hint}')
 
-# %% ../nbs/12_command/39_sources.ipynb #cd2f8c0f
+# %% ../nbs/12_command/39_sources.ipynb #ba90a98d
 def load_pipeline(
     source:Source, # a pipeline
 ):                 # the pipeline
@@ -182,7 +182,7 @@ def load_source(
         model.register_to_config(_name_or_path=str(config)) # beside it lies the scheduler
     return model, model
 
-# %% ../nbs/12_command/39_sources.ipynb #b612067e
+# %% ../nbs/12_command/39_sources.ipynb #1a60c09f
 def read_prompts(
     path, # a text file, UTF-8
 )->list:  # of texts
@@ -212,7 +212,7 @@ def parse_overrides(
         out[pattern] = int(setting) if setting.isdecimal() else setting
     return out
 
-# %% ../nbs/12_command/39_sources.ipynb #c360074b
+# %% ../nbs/12_command/39_sources.ipynb #666c295b
 class NotEnoughMemory(ValueError): "A request that would not fit into this machine's memory."
 
 def free_memory()->int|None: # bytes, or None where the system does not tell
@@ -226,7 +226,7 @@ def free_memory()->int|None: # bytes, or None where the system does not tell
     most = limit.read_text(encoding='ascii').strip()
     return free if most == 'max' else min(free, int(most) - int(used.read_text(encoding='ascii')))
 
-# %% ../nbs/12_command/39_sources.ipynb #8037fae2
+# %% ../nbs/12_command/39_sources.ipynb #184d3ad9
 def memory_needed(
     model,           # the model, on the meta device or not
     bits:float,      # asked for
@@ -254,7 +254,7 @@ def check_memory(
     else: hint = '--no-calibration needs no moments' if fits > 0 else 'it needs a larger machine'
     raise NotEnoughMemory(f'this needs about {gb(need["total"])} ({parts}), and {gb(free)} are free; {hint}')
 
-# %% ../nbs/12_command/39_sources.ipynb #54de45bb
+# %% ../nbs/12_command/39_sources.ipynb #4a550e6c
 def check_destination(
     dst:Path,   # where to
     src:Path,   # the source's folder or file

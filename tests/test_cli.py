@@ -38,6 +38,7 @@ def test_quantize_a_pipeline(packed, capsys):
     code, out, err = aquatic(capsys, 'info', packed, '--json')
     found = json.loads(out)
     assert code == 0 and found['packed_layers'] > 20 and found['bits'] <= 6 and len(found['layers']) == found['packed_layers'] + found['dense_layers']
+    assert sum(found['runs'].values()) == found['packed_layers'] and found['weight_cache']['budget'] > 0
     assert found['file_bytes'] == sum(f.stat().st_size for f in (packed/'unet').glob('*.safetensors'))
     code, out, err = aquatic(capsys, 'info', packed, '--layers')
     assert code == 0 and 'mid_block' in out and 'kernels' in out
@@ -45,7 +46,8 @@ def test_quantize_a_pipeline(packed, capsys):
 def test_info_about_this_machine(capsys):
     code, out, err = aquatic(capsys, 'info', '--json')
     found = json.loads(out)
-    assert code == 0 and {'decode', 'dense'} <= set(found['kernels']) and found['width'] and found['bfloat16'] in (True, False), err
+    assert code == 0 and {'decode', 'dense'} <= set(found['kernels']) and found['width'] in found['widths'] and found['why'], err
+    assert found['bfloat16'] in (True, False) and found['weight_cache'].keys() >= {'used', 'budget'}
 
 def test_quantize_a_model_folder(tmp_path, capsys):
     conditional().save_pretrained(tmp_path/'dense')
@@ -180,7 +182,7 @@ def test_any_error_is_one_line(pipe_folder, tmp_path, capsys, monkeypatch):
     (cli.NotEnoughMemory('a'), 3), (ValueError('a'), 2), (TypeError('a'), 2), (FileExistsError('a'), 2), (PermissionError(13, 'a'), 4), (KeyboardInterrupt(), 130)])
 def test_codes(capsys, monkeypatch, error, code):
     def fail(): raise error
-    monkeypatch.setattr(cli, '_kernels', fail)
+    monkeypatch.setattr(cli, '_machine', fail)
     found, out, err = aquatic(capsys, 'info')
     assert found == code and out == '' and err.count('\n') == 1 and err.startswith('aquatic: '), err
 

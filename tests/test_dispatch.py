@@ -24,6 +24,7 @@ from aquatic_nb.layers import KERNELS, pick_kernel, register_kernel, set_kernel,
 def clean(monkeypatch, tmp_path):
     "A cache folder of this test's own, nothing chosen yet, one thread."
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+    monkeypatch.setenv('AQUATIC_MEASURE', '1')
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     cpu.forget_choices()

@@ -16,7 +16,7 @@ from aquatic_nb.layers import packed_layers
 from aquatic_nb.menu import menu
 from aquatic_nb.pack import WorkDir, encode_model
 from aquatic_nb.quant import plan, quantize, quantize_unet
-from aquatic_nb.tune.distill import Teacher, class_walks
+from aquatic_nb.tune.distill import Teacher
 from aquatic_nb.walk import builtin_prompts, record
 from packed_models import class_pipe, conditional
 
@@ -89,7 +89,7 @@ def test_a_teacher_knows_all_of_its_weights(tmp_path):
     pipe = class_pipe()
     other = copy.deepcopy(pipe.unet)
     with torch.no_grad(): list(other.parameters())[-1].add_(1)
-    make = lambda model: Teacher(model, class_walks(pipe, model, batch=2, steps=2), n_walks=1, folder=tmp_path)
+    make = lambda model: Teacher(pipe, model, 1, batch=2, steps=2, folder=tmp_path)
     make(pipe.unet).walk(0)
     with pytest.raises(ValueError, match='another model'): make(other).walk(0)
 

@@ -9,7 +9,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel, UNet2DModel
 from safetensors.torch import load_file, save_file
 
-from aquatic_nb import cli, sources
+from aquatic_nb import cli, ldm4, sources
 from aquatic_nb.calib import own_scheduler
 from aquatic_nb.hub import load_quantized
 from packed_models import ddpm, fill
@@ -165,6 +165,8 @@ def test_shipped_descriptions(name, parameters):
     folder = sources.find_source.__globals__['_config_folder'](name)
     model = sources.empty_model(sources.Source(folder))
     assert sum(p.numel() for p in model.parameters()) == parameters and all(p.is_meta for p in model.parameters())
+    same = ldm4.CONFIGS[dict(sd15='SD 1.5', sdxl='SDXL')[name]]['config']
+    assert all(model.config[k] == (list(v) if isinstance(v, tuple) else v) or tuple(model.config[k]) == v for k, v in same.items())
     found = json.loads((folder.parent/'scheduler'/'scheduler_config.json').read_text())
     assert (found['beta_schedule'], found['beta_start'], found['beta_end']) == ('scaled_linear', .00085, .012)
 
