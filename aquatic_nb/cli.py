@@ -85,7 +85,7 @@ def main(
         code = _BAD_INPUT
     sys.exit(code or 0)
 
-# %% ../nbs/12_command/40_cli.ipynb #3a356fd7
+# %% ../nbs/12_command/40_cli.ipynb #97cd049f
 def _option(kind, help, *names, **more): # names: as they are typed, where the parameter's own will not do
     return Annotated[kind, typer.Option(*names, help=help, **more)]
 
@@ -102,7 +102,7 @@ _Force = _option(bool, 'Replace what is there.', '--force')
 _Json = _option(bool, 'Print the result as one JSON object.', '--json')
 _Debug = _option(bool, 'Show where an error comes from.', '--debug')
 
-# %% ../nbs/12_command/40_cli.ipynb #fc13c1b9
+# %% ../nbs/12_command/40_cli.ipynb #337af3cb
 @contextmanager
 def _stages(title, total, every=2.):
     "`stage(name, f)`, which runs `f` under a bar over all stages, and the seconds that each took."
@@ -122,7 +122,7 @@ def _stages(title, total, every=2.):
         try: yield stage, seconds
         finally: over.set()
 
-# %% ../nbs/12_command/40_cli.ipynb #f89471e4
+# %% ../nbs/12_command/40_cli.ipynb #49e334d5
 _LARGE = 100_000_000 # parameters; above, `quantize` calibrates with fewer trajectories
 
 def _stages_of(model, settings, data):
@@ -149,7 +149,7 @@ def _plan_text(result, table):
     memory = f'about {result["memory"]["total"]/2**30:.1f} GB of memory'
     return '\n'.join([by.reset_index().to_string(index=False, na_rep=''), sum_up, *stages, memory])
 
-# %% ../nbs/12_command/40_cli.ipynb #e032bb08
+# %% ../nbs/12_command/40_cli.ipynb #21866df9
 def _takes(source, name):
     "Whether the pipeline of a source takes an argument of this name."
     if source.part is None: return False
@@ -199,7 +199,7 @@ _WalkGuidance = _option(Optional[float], 'Guidance scale of the calibration; wha
 _Prompts = _option(Optional[Path], "Texts to calibrate with, a UTF-8 file, one a line; the package's own "
                    'where not given.')
 
-# %% ../nbs/12_command/40_cli.ipynb #cf5e7669
+# %% ../nbs/12_command/40_cli.ipynb #c3d11b51
 @app.command()
 @_guarded
 def quantize(
@@ -244,7 +244,7 @@ def quantize(
     work_dir = work_dir or dst.with_name(dst.name + '.work')
     _give(_run_quantize(source, dst, work_dir, calibration, force, settings), as_json)
 
-# %% ../nbs/12_command/40_cli.ipynb #761829f1
+# %% ../nbs/12_command/40_cli.ipynb #1e505d3e
 def _told_before(source, settings, calibration):
     "What a run would do, as a dictionary and as text; no weight is read."
     skeleton = empty_model(source)
@@ -365,7 +365,7 @@ _Batch = _option(int, 'ldm4: images in one call.', min=1)
 _Runs = _option(Path, 'ldm4: folder for samples, quantized layers, features and run.json; give it again to '
                 'go on.')
 
-# %% ../nbs/12_command/40_cli.ipynb #007941cb
+# %% ../nbs/12_command/40_cli.ipynb #9288a548
 @app.command()
 @_guarded
 def evaluate(
@@ -405,7 +405,7 @@ def evaluate(
     settings = dict(seed=seed, steps=steps, classes=_numbers(classes), prompt=prompt) | scale
     _give(_evaluate_pipelines(src, against, variant, n or 300, settings), as_json)
 
-# %% ../nbs/12_command/40_cli.ipynb #2fe1df3d
+# %% ../nbs/12_command/40_cli.ipynb #217716c2
 def _evaluate_pipelines(src, against, variant, n, settings):
     "Sample from one pipeline or two, and judge."
     sources = [find_source(src, variant=variant), *([] if against is None else [find_source(against)])]
@@ -451,7 +451,7 @@ def info(
 ):
     "Look inside: layers, bits, sizes, kernels. Reads and checks the whole model; without SRC: this machine."
     result, table = _look_inside(find_source(src, variant=variant)) if src else ({}, None)
-    result |= _machine()
+    result |= _machine() | result
     lines = '\n'.join(f'{k}: {v}' for k, v in result.items())
     if table is None: return _give(result, as_json, lines)
     if layers: lines = f'{table.to_string(index=False)}\n{lines}'
@@ -461,7 +461,7 @@ def _machine():
     "What would run packed layers here, and why."
     return dict(kernels=sorted(aquatic_nb.layers.KERNELS), **aquatic_nb.cpu.cpu_report(), machine=machine())
 
-# %% ../nbs/12_command/40_cli.ipynb #2b6b03ff
+# %% ../nbs/12_command/40_cli.ipynb #152262c4
 def _look_inside(source):
     "Totals of a model, and a row for each layer."
     folder, variant = source.model_path, source.variant
@@ -470,14 +470,15 @@ def _look_inside(source):
     packed = table[table.scheme != 'dense']
     totals = {k: round(v, 4) for k, v in table.attrs.items()}
     result = dict(model=type(model).__name__, packed_layers=len(packed),
-                  dense_layers=len(table) - len(packed), **totals,
-                  file_bytes=sum(f.stat().st_size for f in names), files=[f.name for f in names],
+                  dense_layers=len(table) - len(packed), **totals, files=[f.name for f in names],
+                  file_bytes=sum(f.stat().st_size for f in names),
                   schemes=packed.scheme.value_counts().to_dict())
     if packed.empty: return result, table
     chosen = _chosen_kernels(model)
     if isinstance(chosen, str): return {**result, 'runs': chosen}, table
     table = table.merge(chosen, how='left', left_on='layer', right_index=True)
-    return {**result, 'runs': chosen.kernel.value_counts().to_dict()}, table
+    runs, cache = chosen.kernel.value_counts().to_dict(), aquatic_nb.cpu.weight_cache(model)
+    return {**result, 'runs': runs, 'weight_cache': cache}, table
 
 def _chosen_kernels(model):
     "The kernel of each packed layer in a call of one sample, and why no other; or why that is not known."
@@ -497,7 +498,7 @@ _CallBatch = _option(int, 'Images in one call.', min=1)
 _Repeats = _option(int, 'Timed calls; the median counts.', min=1)
 _Threads = _option(Optional[int], "Threads; torch's choice where not given.", min=1)
 
-# %% ../nbs/12_command/40_cli.ipynb #473ee6e2
+# %% ../nbs/12_command/40_cli.ipynb #bac2e47e
 @app.command()
 @_guarded
 def bench(
@@ -607,7 +608,7 @@ def demo(
         _say(f'\nfinished layers are kept in {out/"work"}: run the same command again to go on')
         raise
 
-# %% ../nbs/12_command/40_cli.ipynb #267ded03
+# %% ../nbs/12_command/40_cli.ipynb #deebe1f8
 _QUANTIZE_ROWS = 105_000  # quantizing the shipped model takes about as long as so many rows of its U-Net
 _DEMO_STEPS, _DEMO_BATCH = 20, 16
 
@@ -653,7 +654,7 @@ def _run_demo(out, settings, n):
     picture = lambda path: _side_by_side(images, small, labels, path)
     return _write_demo(out, found, quant.quant_report(pipe.unet), picture)
 
-# %% ../nbs/12_command/40_cli.ipynb #efa37d8c
+# %% ../nbs/12_command/40_cli.ipynb #74f8a030
 def _announcement(settings, n, minutes):
     "What the demo will do, and about how long that takes here."
     return (f'demo: {n} images of the shipped model at full precision; its U-Net quantized to '
