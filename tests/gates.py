@@ -82,7 +82,8 @@ _TRY = '''
 import importlib, json, pathlib, pkgutil, sys
 import aquatic_nb
 home = pathlib.Path(aquatic_nb.__file__).parent
-names = sorted(m.name for m in pkgutil.iter_modules([str(home)]) if not m.name.startswith('_'))
+names = sorted(m.name.partition('.')[2] for m in pkgutil.walk_packages([str(home)], 'aquatic_nb.')
+               if not m.ispkg and not m.name.rpartition('.')[2].startswith('_'))
 for name in names: importlib.import_module(f'aquatic_nb.{name}')
 files = [str(o.relative_to(home)) for o in (home/'assets').rglob('*') if o.is_file()] if (home/'assets').exists() else []
 print(json.dumps(dict(home=str(home), names=names, assets=sorted(files))))
@@ -110,7 +111,7 @@ def wheel():
 def check_wheel(told, site):
     "Compare what the installed wheel says with the checkout."
     lib = root/'aquatic_nb'
-    names = sorted(o.stem for o in lib.glob('*.py') if not o.stem.startswith('_'))
+    names = sorted('.'.join(o.relative_to(lib).with_suffix('').parts) for o in lib.rglob('*.py') if not o.stem.startswith('_'))
     assets = sorted(str(o.relative_to(lib)) for o in (lib/'assets').rglob('*') if o.is_file() and '__pycache__' not in o.parts)
     if not Path(told['home']).is_relative_to(Path(site).resolve()) and not Path(told['home']).is_relative_to(site):
         raise GateError(f"imported from {told['home']}, not from the wheel")

@@ -173,7 +173,7 @@ def test_every_page_is_there(site):
     "Each notebook has its page; every module is on the page of all functions."
     assert set(pages(site)) >= wanted() and len(wanted()) > 25
     api = (site/'api.html').read_text(encoding='utf-8')
-    for o in (root/'aquatic_nb').glob('*.py'):
+    for o in (root/'aquatic_nb').rglob('*.py'):
         if o.stem[0] != '_': assert f'aquatic_nb.{o.stem}' in api, o.stem
 
 def test_notebooks_open_with_a_question_and_close_with_limits():
