@@ -174,7 +174,7 @@ def test_every_page_is_there(site):
     assert set(pages(site)) >= wanted() and len(wanted()) > 25
     api = (site/'api.html').read_text(encoding='utf-8')
     for o in (root/'aquatic_nb').rglob('*.py'):
-        if o.stem[0] != '_': assert f'aquatic_nb.{o.stem}' in api, o.stem
+        if o.stem[0] != '_': assert '.'.join(o.relative_to(root).with_suffix('').parts) in api, o.stem
 
 def test_notebooks_open_with_a_question_and_close_with_limits():
     "The book's form: title, one line, the question; at the end what was found, and its limits. No chapter grows too large."
