@@ -1,5 +1,6 @@
 # make demo   quantize the shipped model, sample, compare      make test   every check that CI runs
 # make docs   the site, into _docs/                             make clean  remove what these commands made
+# make gpu    what only a GPU can tell: tests, speed, encoding; in pieces of ten minutes, goes on where it stopped
 # Another Python:  make test PYTHON=python3.12
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test docs clean
+.PHONY: help install demo test docs gpu clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -33,6 +34,9 @@ test: $(STAMP)
 
 docs: $(STAMP)
 	$(BIN)/python tools/docs.py
+
+gpu: $(STAMP)
+	$(BIN)/python tools/gpu.py
 
 clean:
 	rm -rf $(VENV) _docs _proc _demo build dist *.egg-info .pytest_cache .hypothesis .ruff_cache

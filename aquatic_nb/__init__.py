@@ -1,7 +1,7 @@
 __version__ = "0.1.0"
 
-# The reception. Only here are rooms of this package named by strings: importing the package must import nothing heavy, and still diffusers has
-# to find packed models, and packed layers their kernels.
+# The reception. Only here are rooms of this package named by strings: importing the package must import nothing
+# heavy, and still diffusers has to find packed models, and packed layers their kernels.
 from importlib import import_module
 
 from . import core  # first of all: adds torchvision's operators where they are missing
@@ -30,5 +30,14 @@ def _register_kernels(layers):
     if core.torch.cuda.is_available(): import_module('aquatic_nb.cuda')
 
 
-core.when_imported('diffusers.quantizers.auto', _register_backend)  # save_pretrained and from_pretrained know packed models
+core.when_imported('diffusers.quantizers.auto', _register_backend)  # diffusers knows packed models
 core.when_imported('aquatic_nb.layers', _register_kernels)          # packed layers find the fast kernels
+
+_DOORS = dict(samples='eval.samples', **{o: o for o in (
+    'bench', 'calib', 'cpu', 'format', 'hub', 'layers', 'ldm4', 'metrics', 'quant', 'zoo')})
+
+
+def __getattr__(name):
+    "A door after a plain `import aquatic_nb`: the room behind `aquatic_nb.quant` is entered when it is first named."
+    if name in _DOORS: return import_module(f'aquatic_nb.{_DOORS[name]}')
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

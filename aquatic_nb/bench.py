@@ -37,7 +37,7 @@ from .kaq import packable
 from .layers import packed_layers, stored_sizes, swap
 from .ldm4 import mini_judge
 from .metrics import evaluate_images
-from .probe import split_points, thinned
+from .probe import split_points, thinned, timestep_weights
 from .quant import quantize_unet
 from .tune.distill import TuneConfig, tune_model
 from .tune.layers import opened_layers
@@ -344,8 +344,8 @@ def straight_through_unet(
     if act_bits: attach_act(model, act_bits, few, layers=inner)
     config = config or replace(PEER_TUNED, lr=3e-4 if gptq else 1e-3 if bits == 4 else 3e-3)
     dense = copy.deepcopy(pipe.unet).requires_grad_(False)
-    tune_model(model, dense, pipe, config, points=split_points(calls)[1],
-               run=Run(config.seed, progress=False))
+    weights = timestep_weights(dense, split_points(calls)[1], .5)
+    tune_model(model, dense, pipe, config, weights, seed=config.seed, run=Run(progress=False))
     return model.eval(), stored
 
 # %% ../nbs/11_judging/38_bench.ipynb #398bee57

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from .core import Run, generator, in_order
 from .kaq import packable
-from .walk import (CALIBRATION_GUIDANCE, TIME_NAMES, Recording, as_calls, record, record_inputs, record_walk, steps_of)
+from .walk import (CALIBRATION_GUIDANCE, TIME_NAMES, Recording, as_calls, record, record_inputs,
+                             record_walk, steps_of)
 
 # %% ../nbs/03_encoder/09_calib.ipynb #8caaf774
 def _latent_shape(model):
@@ -28,7 +29,8 @@ def _latent_shape(model):
     c = model.config
     size = c.get('sample_size') or 32
     channels = c.get('in_channels')
-    if channels is None: raise ValueError(f"calibration='auto': {type(model).__name__}'s config has no in_channels; "
+    if channels is None: raise ValueError(f"calibration='auto': {type(model).__name__}'s config has no "
+                                          f"in_channels; "
                                           'give a pipeline, recorded inputs, or None')
     return (channels, *(size if isinstance(size, (tuple, list)) else (size, size)))
 
@@ -41,6 +43,7 @@ def class_conditions(
     token = lambda i: dict(encoder_hidden_states=table[i][:, None])
     return token(labels), token(torch.full_like(labels, len(table) - 1))
 
+# %% ../nbs/03_encoder/09_calib.ipynb #2fa619b3
 def _walk_classes(pipe, n, steps, guidance_scale, run):
     "A walk through the classes in turn."
     gen = generator(run.seed, 'walk')
@@ -48,7 +51,8 @@ def _walk_classes(pipe, n, steps, guidance_scale, run):
     condition, null = class_conditions(pipe, torch.arange(n) % pipe.class_embedding.config.n_classes)
     scale = CALIBRATION_GUIDANCE if guidance_scale is None else guidance_scale
     if scale == 1: null = None
-    return record_walk(pipe.unet, steps_of(pipe.scheduler, n, steps, gen), noise, condition, null, scale, run=run)
+    return record_walk(pipe.unet, steps_of(pipe.scheduler, n, steps, gen), noise, condition, null, scale,
+                       run=run)
 
 # %% ../nbs/03_encoder/09_calib.ipynb #90b67e6e
 def _auto_conditions(model, n, seed, tokens=8):
@@ -60,24 +64,33 @@ def _auto_conditions(model, n, seed, tokens=8):
     width = max(width) if isinstance(width, (tuple, list)) else width
     if width and 'encoder_hidden_states' in names: cond['encoder_hidden_states'] = rand(tokens, width)
     classes = c.get('num_class_embeds') or c.get('num_embeds_ada_norm')
-    if classes and 'class_labels' in names: cond['class_labels'] = torch.randint(0, classes, (n,), generator=gen).to(p.device)
+    if classes and 'class_labels' in names:
+        cond['class_labels'] = torch.randint(0, classes, (n,), generator=gen).to(p.device)
     if c.get('addition_embed_type') == 'text_time':
         rest = c['projection_class_embeddings_input_dim'] - 6*c['addition_time_embed_dim']
-        cond['added_cond_kwargs'] = dict(text_embeds=rand(rest), time_ids=torch.zeros(n, 6, device=p.device, dtype=p.dtype))
+        cond['added_cond_kwargs'] = dict(text_embeds=rand(rest),
+                                         time_ids=torch.zeros(n, 6, device=p.device, dtype=p.dtype))
     _check_auto(model, names, cond)
     return cond
 
+# %% ../nbs/03_encoder/09_calib.ipynb #0b7b58c8
 def _check_auto(model, names, made):
     "ValueError where a model wants an argument that we cannot make up."
-    kind, ways = type(model).__name__, 'give a pipeline that holds it, recorded inputs (record_inputs), or calibration=None'
-    if not set(TIME_NAMES) & set(names): raise ValueError(f"calibration='auto': {kind}.forward takes no timestep, so it walks nowhere; {ways}")
+    kind = type(model).__name__
+    ways = 'give a pipeline that holds it, recorded inputs (record_inputs), or calibration=None'
+    if not set(TIME_NAMES) & set(names): raise ValueError(f"calibration='auto': {kind}.forward takes no "
+                                                          f"timestep, so it walks nowhere; {ways}")
     own = [*list(names)[:1], *made, *TIME_NAMES]
-    missing = [k for k, p in names.items() if p.default is p.empty and k not in own and p.kind is p.POSITIONAL_OR_KEYWORD]
-    wanted = {'cross_attention_dim', 'caption_channels', 'joint_attention_dim', 'pooled_projection_dim', 'context_in_dim'}
-    if 'encoder_hidden_states' in names and 'encoder_hidden_states' not in made and wanted & {k for k, v in model.config.items() if v}:
+    missing = [k for k, p in names.items() if p.default is p.empty and k not in own
+               and p.kind is p.POSITIONAL_OR_KEYWORD]
+    wanted = {'cross_attention_dim', 'caption_channels', 'joint_attention_dim', 'pooled_projection_dim',
+              'context_in_dim'}
+    if 'encoder_hidden_states' in names and 'encoder_hidden_states' not in made and wanted & {k for k,
+                                                            v in model.config.items() if v}:
         missing.append('encoder_hidden_states')
     missing += [k for k in ('img_ids', 'txt_ids') if k in names and k not in missing]
-    if missing: raise ValueError(f"calibration='auto': nothing is known about the argument {missing[0]!r} of {kind}; {ways}")
+    if missing: raise ValueError(f"calibration='auto': nothing is known about the argument {missing[0]!r} "
+                                 f"of {kind}; {ways}")
 
 # %% ../nbs/03_encoder/09_calib.ipynb #108cca81
 def own_scheduler(
@@ -91,26 +104,32 @@ def own_scheduler(
         if not path.is_file(): continue
         name = json.loads(path.read_text(encoding='utf-8')).get('_class_name')
         kind = getattr(diffusers, str(name), None)
-        if kind is not None: return kind.from_pretrained(path.parent, local_files_only=True), f'{name} of its folder'
-    guess = diffusers.DDIMScheduler(beta_schedule='scaled_linear', beta_start=.0015, beta_end=.0195, clip_sample=False)
+        if kind is not None:
+            return kind.from_pretrained(path.parent, local_files_only=True), f'{name} of its folder'
+    guess = diffusers.DDIMScheduler(beta_schedule='scaled_linear', beta_start=.0015, beta_end=.0195,
+                                    clip_sample=False)
     return guess, 'assumed: scaled linear betas .0015 to .0195, epsilon prediction'
 
+# %% ../nbs/03_encoder/09_calib.ipynb #cfa335a7
 def _walk_auto(model, n, steps, run):
     "A walk with made-up conditions."
     condition = _auto_conditions(model, n, run.seed)
     scheduler, origin = own_scheduler(model)
-    gen, sample_name = generator(run.seed, 'walk'), next(k for k in inspect.signature(model.forward).parameters if k != 'self')
+    gen, sample_name = generator(run.seed, 'walk'), next(k
+                                                         for k in inspect.signature(model.forward).parameters
+                                                         if k != 'self')
     noise = torch.randn((n, *_latent_shape(model)), generator=gen)
     steps = steps_of(scheduler, n, steps, gen)
-    return record_walk(model, steps, noise, condition, sample_name=sample_name, run=run, desc=f'calibration walk ({origin})')
+    return record_walk(model, steps, noise, condition, sample_name=sample_name, run=run,
+                       desc=f'calibration walk ({origin})')
 
 # %% ../nbs/03_encoder/09_calib.ipynb #c582196d
 def calibration_batches(
     model:nn.Module,      # the model to be quantized
-    calibration='auto',   # list of forward inputs (dicts, or pairs (args, kwargs)), a function that runs the model, a pipeline, or 'auto'
+    calibration='auto',   # list of inputs (dicts, (args, kwargs)), a function, a pipeline, 'auto'
     n:int=24,             # trajectories
     steps:int=20,         # timesteps of a trajectory
-    guidance_scale=None,  # of the walk; None: 3 for class-conditional pipelines, for others the pipeline's own default
+    guidance_scale=None,  # of the walk; None: 3 for class-conditional pipelines, else the pipeline's own
     seed:int=0,           # of everything random
     prompts:list=None,    # texts, for pipelines that take them; None: 128 of the package
     kwargs:dict=None,     # further arguments of the pipeline, e.g. an image
@@ -120,13 +139,17 @@ def calibration_batches(
     run = Run(seed=seed, progress=progress)
     if isinstance(calibration, str) and calibration == 'auto': return _walk_auto(model, n, steps, run)
     if isinstance(calibration, (str, list, tuple, dict)): return as_calls(model, calibration)
-    if inspect.isfunction(calibration) or inspect.ismethod(calibration): return record_inputs(model, calibration)
+    if inspect.isfunction(calibration) or inspect.ismethod(calibration):
+        return record_inputs(model, calibration)
     if not hasattr(calibration, 'components'):
-        raise TypeError(f"calibration={type(calibration).__name__}, expected a list of input dicts, a function that runs the model, "
+        raise TypeError(f"calibration={type(calibration).__name__}, expected a list of input dicts, a "
+                        f"function that runs the model, "
                         "a diffusers pipeline or 'auto'")
     if not any(m is model for m in calibration.components.values()):
-        raise ValueError('calibration: the pipeline does not hold the model that is to be quantized; pass the pipeline whose U-Net it is')
-    if 'class_embedding' in calibration.components: return _walk_classes(calibration, n, steps, guidance_scale, run)
+        raise ValueError('calibration: the pipeline does not hold the model that is to be quantized; pass '
+                         'the pipeline whose U-Net it is')
+    if 'class_embedding' in calibration.components:
+        return _walk_classes(calibration, n, steps, guidance_scale, run)
     return record(calibration, model, n, steps, guidance_scale, prompts, seed, kwargs=kwargs, run=run)
 
 # %% ../nbs/03_encoder/09_calib.ipynb #ceedcc94
@@ -173,6 +196,7 @@ class Moments:
 
 class _Stop(Exception): "Raised by a hook when everything that was asked for has been seen."
 
+# %% ../nbs/03_encoder/09_calib.ipynb #208df277
 def execution_order(
     model:nn.Module, # the denoiser
     call,            # a `Call`, or a dict of forward inputs
@@ -219,14 +243,17 @@ class _Pass(threading.local):
         self.rows, self.seen, self.alias, self.left = {}, {}, {}, set(layers)
         self.call, self.of, self.on = call, of, True
 
+# %% ../nbs/03_encoder/09_calib.ipynb #20484977
 class _Catch:
     "Hooks that keep (sampled) input rows of some layers; layers with one input share one entry."
     def __init__(self, model, names, budget, seed):
         self.model, self.layers = model, {n: model.get_submodule(n) for n in names}
         self.budget, self.seed, self.now = budget, seed, _Pass()
-        self.hooks = [m.register_forward_pre_hook(self.hook(n), with_kwargs=True) for n, m in self.layers.items()]
+        self.hooks = [m.register_forward_pre_hook(self.hook(n), with_kwargs=True) for n,
+                      m in self.layers.items()]
 
-    def hook(self, name): return lambda mod, args, kwargs: self.see(name, mod, args[0] if args else next(iter(kwargs.values())))
+    def hook(self, name):
+        return lambda mod, args, kwargs: self.see(name, mod, args[0] if args else next(iter(kwargs.values())))
 
     def see(self, name, mod, x):
         st = self.now
@@ -235,11 +262,14 @@ class _Catch:
         key = (x.data_ptr(), tuple(x.shape), *geometry)
         if key in st.seen: st.alias[name] = st.seen[key][0]
         else:
-            st.seen[key], st.alias[name] = (name, x), name     # x is kept, so its address can't be used again in this pass
+            st.seen[key], st.alias[name] = (name,
+                                            # x is kept, so its address can't be used again in this pass
+                                            x), name
             n = max(1, self.budget(mod)//st.of)
             total = x.numel()//x.shape[-1] if isinstance(mod, nn.Linear) else _positions(mod, x)
             pick = None
-            if total > n: pick = torch.randperm(total, generator=generator(self.seed, name, st.call))[:n].to(x.device)
+            if total > n:
+                pick = torch.randperm(total, generator=generator(self.seed, name, st.call))[:n].to(x.device)
             st.rows[name] = input_rows(mod, x, pick)
         st.left.discard(name)
         if not st.left: raise _Stop
@@ -256,17 +286,19 @@ class _Catch:
     def close(self):
         for h in self.hooks: h.remove()
 
+# %% ../nbs/03_encoder/09_calib.ipynb #1367f8bb
 def _positions(conv, x):
     "Output positions of a convolution over a batch."
     left, right, top, bottom = conv._reversed_padding_repeated_twice
     n = len(x)
-    for size, k, s, d in zip((x.shape[-2] + top + bottom, x.shape[-1] + left + right), conv.kernel_size, conv.stride, conv.dilation):
+    for size, k, s, d in zip((x.shape[-2] + top + bottom, x.shape[-1] + left + right), conv.kernel_size,
+                             conv.stride, conv.dilation):
         n *= max(1, (size - d*(k - 1) - 1)//s + 1)
     return n
 
 # %% ../nbs/03_encoder/09_calib.ipynb #6734d0d9
 def _products(x, x0):
-    "Sums over rows: x x^T, (x0 - x) x^T, x, x0 - x, and their number; grouped convolutions: averaged over groups, no means."
+    "Sums over rows: x x^T, (x0 - x) x^T, x, x0 - x, and their number; averaged over groups, where there are."
     k, xt = x.shape[-2], x.transpose(-1, -2)
     away = torch.zeros_like(x) if x0 is None else x0 - x
     if x.dim() == 3: return (xt @ x).mean(0), (away.transpose(-1, -2) @ x).mean(0), math.nan, math.nan, k
@@ -281,6 +313,7 @@ def _means(sums, with_reference):
     mean = lambda v: v.div_(k) if torch.is_tensor(v) else None
     return Moments(mean(h), mean(d) if with_reference else None, k, mean(a), mean(b))
 
+# %% ../nbs/03_encoder/09_calib.ipynb #0a0a79d8
 def input_moments(
     model:nn.Module,          # the model whose inputs are measured (prefix already quantized, or not)
     batches:list,             # calls

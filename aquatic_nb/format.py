@@ -84,9 +84,9 @@ def _in_file(state):
 def _share(out, first, other):
     "Take the codebooks of `other` out, which are those of `first`."
     if torch.equal(out.pop(f'{other}.codebooks'), out[f'{first}.codebooks']): return
-    raise ValueError(f'layer {other!r}: its codebooks are no longer those of {first!r}, with which they are '
-                     'declared '
-                     'to be shared; call hub.attach(model) and save again')
+    raise ValueError(
+        f'layer {other!r}: its codebooks are no longer those of {first!r}, with which they are declared to '
+        'be shared; call hub.attach(model) and save again')
 
 def file_tensors(
     state:dict, # a packed model's `state_dict()`
@@ -124,22 +124,21 @@ def _json_header(path, size):
     "The JSON header of a safetensors file as it is, and where the data begin."
     with open(path, 'rb') as f:
         n = struct.unpack('<Q', f.read(8))[0] if size >= 8 else size
-        if n > size - 8: raise ValueError(f'{path}: the header should have {n:,} bytes, the file has '
-                                          f'{size:,}; '
-                                          'it is cut off or no safetensors file')
+        if n > size - 8: raise ValueError(
+            f'{path}: the header should have {n:,} bytes, the file has {size:,}; it is cut off or no '
+            'safetensors file')
         try: head = json.loads(f.read(n))
         except ValueError as e:
             raise ValueError(f'{path}: the header is no JSON ({e}); get the file again') from e
-    if not isinstance(head, dict): raise ValueError(f'{path}: the header is no JSON object; get the file '
-                                                    'again')
+    if not isinstance(head, dict):
+        raise ValueError(f'{path}: the header is no JSON object; get the file again')
     return head, 8 + n
 
 # %% ../nbs/08_files/21_format.ipynb #b3f8227c
 def read_header(
     path, # a safetensors file
 )->dict:  # name -> (dtype, shape, begin, end), positions in the file
-    "The header of a safetensors file, held against the size of the file; ValueError names the file and the "
-    "tensor."
+    "The header of a safetensors file, held against its size; ValueError names the file and the tensor."
     size = os.path.getsize(path)
     head, start = _json_header(path, size)
     head.pop('__metadata__', None)
@@ -164,8 +163,7 @@ def weight_files(
     folder,       # a diffusers model folder
     variant=None, # as for `from_pretrained`, e.g. 'fp16'; None: the files without one, where there are such
 )->list:          # of paths
-    "The safetensors files that loading a model folder reads; ValueError where there are none, or the index "
-    "points outside."
+    "The safetensors files that loading a model folder reads; ValueError where there are none."
     def found(pattern, end):
         files = (f for f in Path(folder).glob(pattern) if not variant or f.name.endswith(end))
         return sorted(files, key=lambda f: (f.name.count('.'), f.name))
@@ -188,8 +186,8 @@ class StoredModel:
                 'safe_serialization=True')
             for name, e in read_header(path).items():
                 if name in self.entries:
-                    raise ValueError(f'{path}: tensor {name!r} is also in {self.where[name]}; remove the '
-                                     'stray file')
+                    raise ValueError(
+                        f'{path}: tensor {name!r} is also in {self.where[name]}; remove the stray file')
                 self.entries[name], self.where[name] = e, path
         self.packed = _packed_names(self.entries)
 
@@ -215,19 +213,18 @@ def tensor(self:StoredModel,
 def verify(self:StoredModel,
     entry:dict, # the `quantization_config` of config.json
 )->None:
-    "ValueError unless every tensor, and the `entry` of config.json, has the checksum that it was stored "
-    "with."
+    "ValueError unless every tensor, and the `entry`, has the checksum that it was stored with."
     table = self._checksum_table()
     names = sorted(set(self.entries) - {CHECKSUMS})
     for i, name in enumerate(names):
         if checksum(name, *self.entries[name][:2], self.raw(name)) != table[4*i:4*i + 4]:
-            raise ValueError(f'{self.where[name]}: tensor {name!r} does not have the checksum it was stored '
-                             'with; '
-                             'the file is damaged or was changed: get it again')
+            raise ValueError(
+                f'{self.where[name]}: tensor {name!r} does not have the checksum it was stored with; the '
+                'file is damaged or was changed: get it again')
     if table[-4:] != entry_checksum(entry):
-        raise ValueError(f'{self.paths[0]}: the entry "quantization_config" of config.json is not the one '
-                         'this model '
-                         'was saved with; restore config.json')
+        raise ValueError(
+            f'{self.paths[0]}: the entry "quantization_config" of config.json is not the one this model was '
+            'saved with; restore config.json')
 
 # %% ../nbs/08_files/21_format.ipynb #fa8deb36
 @patch
@@ -235,13 +232,12 @@ def _checksum_table(self:StoredModel):
     "The bytes of the table of checksums; ValueError unless there is one of the right length."
     rows = len(self.entries)                 # one for each other tensor, and one for the entry
     if CHECKSUMS not in self.entries: raise ValueError(
-        f'{self.paths[0]}: {CHECKSUMS!r} is missing; the model was not saved by this package, or was changed '
-        'since: get it again')
+        f'{self.paths[0]}: {CHECKSUMS!r} is missing; the model was not saved by this package, or was '
+        'changed since: get it again')
     found = self.entries[CHECKSUMS][:2]
     if found != ('U8', (rows, 4)): raise ValueError(
         f'{self.where[CHECKSUMS]}: {CHECKSUMS!r} is {found}, expected uint8 [{rows}, 4]: tensors were added '
-        'or removed '
-        'since it was saved; get it again')
+        'or removed since it was saved; get it again')
     return self.raw(CHECKSUMS)
 
 # %% ../nbs/08_files/21_format.ipynb #f60d2d26
@@ -250,8 +246,7 @@ def _is_uniform(stored, name, lead):
     mark = stored.entries.get(f'{name}.weight', ('', None))[:2]
     if mark not in (('U8', (0,)), ('U8', (0, 1))): raise ValueError(
         f'{lead}: tensor {f"{name}.weight"!r} should be an empty uint8 of shape [0] or [0, 1], found '
-        f'{list(mark)}; '
-        'get the file again')
+        f'{list(mark)}; get the file again')
     return mark[1] == (0, 1)
 
 def _book_sizes(stored, books, lead):
@@ -277,8 +272,8 @@ def stored_scheme(
     if _is_uniform(stored, name, lead):
         high = stored.entries.get(f'{name}.codes_hi', ('U8', (0,)))[1]
         bits = 8 if f'{name}.codes' in stored.entries else math.prod(high)*8//math.prod(shape)
-        if not 1 <= bits <= 8: raise ValueError(f'{lead}: no codebooks, and codes of {bits} bits; get the '
-                                                'file again')
+        if not 1 <= bits <= 8:
+            raise ValueError(f'{lead}: no codebooks, and codes of {bits} bits; get the file again')
         return Scheme(1, bits, 1, 'int8', 'uniform')
     M, K, d, dtype = _book_sizes(stored, books, lead)
     try: return Scheme(M, K.bit_length() - 1, d, 'int8' if dtype == 'I8' else 'fp16')
@@ -299,15 +294,14 @@ def _act_tensors(stored, name, bits, split):
     "The ranges of one layer's activations as `ActQuant` takes them; ValueError where they are no ranges."
     timesteps, scale, zero = (stored.tensor(f'{name}.act.{k}') for k in ('timesteps', 'scale', 'zero'))
     halves, top = scale.shape[-1], 2**bits - 1
-    if halves == 2 and split is None: raise ValueError('ranges for two halves, but this layer reads no skip '
-                                                       'concatenation')
+    if halves == 2 and split is None:
+        raise ValueError('ranges for two halves, but this layer reads no skip concatenation')
     if not torch.isfinite(zero).all() or zero.min() < 0 or zero.max() > top:
         raise ValueError(f'zero points outside 0..{top}')
     return timesteps, scale, zero, split if halves == 2 else None
 
 def _stored_act(stored, name, bits, split):
-    "The activation quantizer of one layer; `split` is the channel of its seam, where it reads a skip "
-    "concatenation."
+    "The activation quantizer of one layer; `split` is the channel of its seam, where it has one."
     lead = f'{stored.where[f"{name}.act.scale"]}: layer {name!r}'
     if bits is None: raise ValueError(
         f'{lead} has activation ranges, but the config has act_bits=None; restore the config.json that '
@@ -331,15 +325,13 @@ def lay_out(
     stored:StoredModel, # its files
     config,             # the entry of config.json, with `act_bits` and `shared_codebooks`
 )->set:                 # names of the tensors that belong to packed layers
-    "Replace the layers that are stored packed by empty packed ones; ValueError where files and architecture "
-    "disagree."
+    "Put empty packed layers where packed ones are stored; ValueError where files and architecture disagree."
     books = {o: first for first, others in config.shared_codebooks.items() for o in others}
     modules, splits = dict(model.named_modules()), skip_splits(model)
     for name in stored.packed:
         if type(modules.get(name)) not in (nn.Conv2d, nn.Linear): raise ValueError(
             f'{stored.where[f"{name}.scales"]}: layer {name!r} is packed, but {type(model).__name__} with '
-            'this config.json '
-            'has no such Conv2d or Linear; weights and config belong to different models')
+            'this config.json has no such Conv2d or Linear; weights and config belong to different models')
         scheme = stored_scheme(stored, name, books.get(name, name), modules[name].weight.shape)
         layer = _empty_layer(modules[name], scheme)
         if f'{name}.act.scale' in stored.entries:
@@ -351,16 +343,14 @@ def lay_out(
 
 # %% ../nbs/08_files/21_format.ipynb #0e33bc6c
 def _check_tensors(model, stored, books):
-    "ValueError unless the files hold exactly the tensors of the model laid out, with the right shapes and "
-    "dtypes."
+    "ValueError unless the files hold exactly the tensors of the model laid out, in shape and dtype."
     state = _in_file(model.state_dict())
     want = {n: t for n, t in state.items() if n.removesuffix('.codebooks') not in books}
     own, found = {f'{n}.weight' for n in stored.packed} | {CHECKSUMS}, set(stored.entries)
     for what, names in (('missing', {*want, *own} - found), ('not expected', found - {*want, *own})):
-        if names: raise ValueError(f'{stored.paths[0]}: tensor {sorted(names)[0]!r} is {what} ({len(names)} '
-                                   'such); '
-                                   'weights and config.json belong to different models, or the file was '
-                                   'changed')
+        if names: raise ValueError(
+            f'{stored.paths[0]}: tensor {sorted(names)[0]!r} is {what} ({len(names)} such); weights and '
+            'config.json belong to different models, or the file was changed')
     for n, t in want.items(): _check_tensor(stored, n, t)
 
 def _check_tensor(stored, name, want):
@@ -371,8 +361,9 @@ def _check_tensor(stored, name, want):
     fits = _DTYPES[dtype] == want.dtype if fixed else _DTYPES[dtype].is_floating_point
     if shape == tuple(want.shape) and fits: return
     expected = _NAMES[want.dtype] if fixed else 'a floating dtype'
-    raise ValueError(f'{stored.where[name]}: tensor {name!r} is {dtype} {list(shape)}, '
-                     f'expected {expected} {list(want.shape)}; get the file again')
+    raise ValueError(
+        f'{stored.where[name]}: tensor {name!r} is {dtype} {list(shape)}, expected {expected} '
+        f'{list(want.shape)}; get the file again')
 
 # %% ../nbs/08_files/21_format.ipynb #eab9de29
 _STORED = dict(codes=(torch.uint8,), codes_hi=(torch.uint8,), scales=(torch.float16,),
@@ -387,9 +378,9 @@ def _check_layer(where, name, layer):
             'offload_state_dict')
     if layer.codebooks is None or layer.codebooks.dtype != torch.int8: return
     reach = int(layer.codebooks.int().abs().amax(1).sum(0).max())
-    if reach > 127: raise ValueError(f'{where}: layer {name!r}: int8 codebooks can add up to {reach}, '
-                                     'expected at most 127; '
-                                     'get the file again')
+    if reach > 127: raise ValueError(
+        f'{where}: layer {name!r}: int8 codebooks can add up to {reach}, expected at most 127; get the file '
+        'again')
 
 # %% ../nbs/08_files/21_format.ipynb #e20450a1
 def check_loaded(
@@ -400,6 +391,6 @@ def check_loaded(
     for name, t in [*model.named_parameters(), *model.named_buffers()]:
         if t.is_meta: raise ValueError(f'{where}: tensor {name!r} was never filled; get the file again')
         if t.is_floating_point() and not torch.isfinite(t).all():
-            raise ValueError(f'{where}: tensor {name!r} holds NaN or infinity; get the file again, or '
-                             'quantize again')
+            raise ValueError(
+                f'{where}: tensor {name!r} holds NaN or infinity; get the file again, or quantize again')
     for name, layer in packed_layers(model).items(): _check_layer(where, name, layer)

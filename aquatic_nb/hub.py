@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['AquaticMethod', 'AquaticConfig', 'check_savable', 'AquaticQuantizer', 'attach', 'dequantize', 'model_class',
-           'load_quantized', 'check_replaceable', 'save_quantized', 'lora_config']
+           'load_quantized', 'check_replaceable', 'save_quantized']
 
 # %% ../nbs/08_files/22_hub.ipynb #4fab6a7b
 import aquatic_nb.core # noqa: F401  before diffusers, which wants torchvision's operators
@@ -23,7 +23,7 @@ import weakref
 
 from enum import Enum
 
-from functools import cache, wraps
+from functools import wraps
 
 from pathlib import Path
 
@@ -54,7 +54,7 @@ from .format import CHECKSUMS, FORMAT_VERSION, StoredModel, check_loaded, file_t
 
 from .format import shared_codebooks, weight_files
 
-from .layers import AQConv2d, AQLayer, AQLinear, packed_layers, swap, why_not_replaced
+from .layers import AQConv2d, AQLayer, packed_layers, swap, why_not_replaced
 
 from .pack import pack_uniform
 
@@ -83,8 +83,8 @@ def _names_of(table):
 def _version(v, method, unknown):
     "ValueError unless the entry is of this method, and of a format version that this package reads."
     if unknown: raise ValueError(
-        f'AquaticConfig: {sorted(unknown)[0]!r} is not known to this version; '
-        'expected bits, act_bits, shared_codebooks, format_version')
+        f'AquaticConfig: {sorted(unknown)[0]!r} is not known to this version; expected bits, act_bits, '
+        'shared_codebooks, format_version')
     if method != 'aquatic': raise ValueError(f"AquaticConfig: quant_method={method!r}, expected 'aquatic'")
     if type(v) is not int or v < 1:
         raise ValueError(f'AquaticConfig: format_version={v!r}, expected {FORMAT_VERSION}')
@@ -126,13 +126,14 @@ _OURS = 'quantization_config', '_pre_quantization_dtype'   # what a packed model
 
 def _skeleton(model):
     "The model that a config describes, without content."
-    config = {k: v for k, v in model.config.items() if k not in _OURS}
+    config = json.loads(model.to_json_string())                               # as it is saved
+    config.pop('quantization_config', None)
     try:
         with init_empty_weights(): return type(model).from_config(config)
     except Exception as e: # whatever a class's own constructor may raise
-        raise ValueError(f'{type(model).__name__} cannot be built from its own config ({type(e).__name__}: '
-                         f'{str(e)[:200]}), '
-                         'so it could not be opened again; register_to_config what it needs') from e
+        raise ValueError(
+            f'{type(model).__name__} cannot be built from its own config ({type(e).__name__}: '
+            f'{str(e)[:200]}), so it could not be opened again; register_to_config what it needs') from e
 
 def _dense_shapes(model):
     "Tensor name -> shape, packed layers under the names of the dense ones."
@@ -141,6 +142,7 @@ def _dense_shapes(model):
     shapes = {k: tuple(t.shape) for k, t in model.state_dict().items() if k not in inside}
     return shapes | {f'{n}.weight': tuple(m.weight_shape) for n, m in layers.items()}
 
+# %% ../nbs/08_files/22_hub.ipynb #1772f939
 def _nature(module):
     "What a layer computes, apart from its tensors; a packed one answers as the dense one would."
     for dense in (nn.Conv2d, nn.Linear):
@@ -168,54 +170,51 @@ def _differences(model):
 # %% ../nbs/08_files/22_hub.ipynb #8120868e
 _REMEDIES = (
     (('lora_', '.base_layer.'), 'it wears an adapter, or layers that one left behind',
-     'save the adapter with save_lora_adapter if it is to be kept (fuse_lora makes it part of dense weights), '
-     'then call unload_lora; delete_adapters is not enough'),
+     'save_lora_adapter keeps the adapter (or fuse_lora, where weights are dense); then call unload_lora, '
+     'since delete_adapters leaves layers'),
     (('_ip.', 'encoder_hid_proj.'), 'it wears an IP-Adapter',
      'call unload_ip_adapter of the pipeline, and load_ip_adapter again afterwards'),
-    (('.to_qkv.', '.to_kv.', '.to_added_qkv.'), 'projections were fused, and unfuse_qkv_projections leaves '
-                                                'the layers',
+    (('.to_qkv.', '.to_kv.', '.to_added_qkv.'), 'projections were fused, for good',
      'load the model again and do not fuse'),
     (('',), 'it was changed in memory',
      'take the change back, or let the config say it (model.register_to_config)'))
 
 def _check_hooks(model):
-    "ValueError where tools hold tensors of the model elsewhere, so that what it has is not what it stands "
-    "for."
+    "ValueError where tools hold tensors of the model elsewhere."
     for n, m in model.named_modules():
         group = getattr(getattr(m, '_diffusers_hook', None), 'hooks', {}).get('group_offloading')
         if group is not None and group.group.offload_to_disk_path is not None: raise ValueError(
-            f'module {n!r} is offloaded to disk by group; a model in this state can be neither quantized nor '
-            'saved: '
-            'load it again without that')
+            f'module {n!r} is offloaded to disk by group; a model in this state can be neither quantized '
+            'nor saved: load it again without that')
     meta = [n for n, t in model.state_dict().items() if t.is_meta]
-    if meta: raise ValueError(f'tensor {meta[0]!r} holds nothing (meta device); take offloading hooks off '
-                              'first '
-                              '(accelerate.hooks.remove_hook_from_submodules), or load the model')
+    if meta: raise ValueError(
+        f'tensor {meta[0]!r} holds nothing (meta device); take offloading hooks off first '
+        '(accelerate.hooks.remove_hook_from_submodules), or load the model')
 
 # %% ../nbs/08_files/22_hub.ipynb #cf8f83b7
 def check_savable(
     model, # a diffusers model, dense or packed
 )->None:
-    "ValueError where `from_pretrained` could not open what `save_pretrained` would write, with names and "
-    "what helps."
+    "ValueError where `from_pretrained` could not open what `save_pretrained` would write; says what helps."
     _check_hooks(model)
-    for n, m in model.named_modules():
+    for n, m in model.named_modules() if not packed_layers(model) else ():
         why = why_not_replaced(m) if type(m) in (nn.Conv2d, nn.Linear) else None
         if why: raise ValueError(f'layer {n!r}: {why}')
     wrong = _differences(model)
     if not wrong: return
     def of_kind(parts): return sorted(n for n in wrong if any(p in f'.{n}' for p in parts))
     what, remedy, names = next((w, r, names) for parts, w, r in _REMEDIES if (names := of_kind(parts)))
-    more = f'; {len(names) - 3} more' if len(names) > 3 else ''
-    listed = '; '.join(f'{n!r} {wrong[n]}' for n in names[:3]) + more
-    raise ValueError(f'{type(model).__name__} is not what its config describes, so from_pretrained could not '
-                     'open it: '
-                     f'{what} ({listed}); {remedy}')
+    more = f'; {len(names) - 2} more' if len(names) > 2 else ''
+    listed = '; '.join(f'{n!r} {wrong[n]}' for n in names[:2]) + more
+    raise ValueError(
+        f'{type(model).__name__} is not what its config describes, so from_pretrained could not open it: '
+        f'{what} ({listed}); {remedy}')
 
 # %% ../nbs/08_files/22_hub.ipynb #9d1302c3
 if not hasattr(DiffusersQuantizer, 'get_state_dict_and_metadata'):
-    raise ImportError('aquatic_nb.hub needs diffusers 0.40 or newer: older ones give a backend no say in '
-                      'what is saved; pip install -U diffusers')
+    raise ImportError(
+        'aquatic_nb.hub needs diffusers 0.40 or newer: older ones give a backend no say in what is saved; '
+        'pip install -U diffusers')
 
 # %% ../nbs/08_files/22_hub.ipynb #b456a1f8
 class _Owner:
@@ -232,17 +231,17 @@ class _Owner:
 def _bits_of(config):
     "The bits a weight that a dense model should get."
     if config.bits is not None: return config.bits
-    raise ValueError('AquaticConfig: bits=None, but this model is dense; say how many bits a weight it '
-                     'should get, '
-                     'e.g. AquaticConfig(bits=2)')
+    raise ValueError(
+        'AquaticConfig: bits=None, but this model is dense; say how many bits a weight it should get, e.g. '
+        'AquaticConfig(bits=2)')
 
 # %% ../nbs/08_files/22_hub.ipynb #2283f220
 def _pack_loaded(model, config):
     "Quantize while loading, without calibration data."
     bits = _bits_of(config)
-    if config.act_bits is not None: raise ValueError('AquaticConfig: act_bits needs calibration; load the '
-                                                     'model and call '
-                                                     'quantize_unet(model, act_bits=8, calibration=pipe)')
+    if config.act_bits is not None: raise ValueError(
+        'AquaticConfig: act_bits needs calibration; load the model and call quantize_unet(model, '
+        'act_bits=8, calibration=pipe)')
     warnings.warn(f'AquaticConfig(bits={bits}) packs a dense model while it is loaded, without calibration, '
                   'which costs '
                   'much quality; load the dense model and call aquatic_nb.quant.quantize_unet(model, '
@@ -259,16 +258,14 @@ class AquaticQuantizer(DiffusersQuantizer):
 
     @property
     def is_serializable(self): # asked before anything is written
-        if self.owner.model is None: raise ValueError('this model came here by another way than loading or '
-                                                      'quantizing; '
-                                                      'call aquatic_nb.hub.attach(model), and save again')
+        if self.owner.model is None: raise ValueError(
+            'this model came here by another way than loading or quantizing; call '
+            'aquatic_nb.hub.attach(model), and save again')
         check_savable(self.owner.model)
         return True
 
-    def _process_model_before_weight_loading(self, model, state_dict=None, **kwargs):
+    def _process_model_before_weight_loading(self, model, **kwargs):
         if self.stored is not None: self.own = lay_out(model, self.stored, self.quantization_config)
-        elif CHECKSUMS in (state_dict or ()): raise ValueError(
-            'from_single_file: the file is part of a packed model; call from_pretrained with its folder')
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         if self.stored is None: _pack_loaded(model, self.quantization_config)
@@ -308,6 +305,15 @@ def maybe_update_loaded_keys(self:AquaticQuantizer, loaded_keys, checkpoint_file
 
 # %% ../nbs/08_files/22_hub.ipynb #ef8787c3
 @patch
+def maybe_update_state_dict(self:AquaticQuantizer, state_dict):
+    "What was read from a file: any of from_pretrained, or the single one of from_single_file."
+    if self.stored is not None: return state_dict
+    if CHECKSUMS in state_dict: raise ValueError(
+        'from_single_file: the file is part of a packed model; call from_pretrained with its folder')
+    _bits_of(self.quantization_config)
+    return state_dict
+
+@patch
 def update_missing_keys(self:AquaticQuantizer, model, missing_keys, prefix):
     "None: those of shared codebooks are known, and anything else was refused before."
     return missing_keys if self.stored is None else []
@@ -316,8 +322,8 @@ def update_missing_keys(self:AquaticQuantizer, model, missing_keys, prefix):
 @patch
 def get_state_dict_and_metadata(self:AquaticQuantizer, state_dict, safe_serialization=False):
     "What is written."
-    if not safe_serialization: raise ValueError('safe_serialization=False: packed models are not pickled; '
-                                                'save with safe_serialization=True')
+    if not safe_serialization: raise ValueError(
+        'safe_serialization=False: packed models are not pickled; save with safe_serialization=True')
     return file_tensors(state_dict, self.quantization_config.to_dict()), {}
 
 # %% ../nbs/08_files/22_hub.ipynb #3effa1d1
@@ -351,8 +357,8 @@ def attach(
     layers = packed_layers(model).values()
     if not layers: raise ValueError('attach: the model has no packed layers; quantize it first')
     found = sorted({m.act.bits for m in layers if m.act is not None})
-    if len(found) > 1: raise ValueError(f'attach: layers have activations of {found} bits, expected one '
-                                        'width')
+    if len(found) > 1:
+        raise ValueError(f'attach: layers have activations of {found} bits, expected one width')
     if found and act_bits not in (None, *found):
         raise ValueError(f'attach: act_bits={act_bits}, but the layers have activations of {found[0]} bits')
     config = AquaticConfig(bits, next(iter(found), None), shared_codebooks(model))
@@ -413,12 +419,11 @@ def _check_entry(path, stored):
     entry = json.loads(path.read_text(encoding='utf-8')).get('quantization_config')
     if stored.packed and not entry: raise ValueError(
         f'{path}: the weights are packed, but the entry "quantization_config" is gone; put back '
-        '{"quant_method": "aquatic", "format_version": 1} (and act_bits, shared_codebooks where there were '
-        'any), '
-        'or get the file again')
+        f'{{"quant_method": "aquatic", "format_version": 1}} (and act_bits, shared_codebooks where there '
+        'were any), or get the file again')
     if entry and not isinstance(entry, dict):
-        raise ValueError(f'{path}: quantization_config is {str(entry)[:40]!r}, expected an object; get the '
-                         'file again')
+        raise ValueError(
+            f'{path}: quantization_config is {str(entry)[:40]!r}, expected an object; get the file again')
     if entry: AquaticConfig.from_dict(entry)
 
 # %% ../nbs/08_files/22_hub.ipynb #f35eaa73
@@ -435,9 +440,9 @@ def load_quantized(
     try: return cls.from_pretrained(folder, **own, **kwargs)
     except torch.cuda.OutOfMemoryError: raise    # the device's fault, not the file's
     except _INSIDE as e:
-        raise ValueError(f'{path}: no {cls.__name__} can be built from it ({type(e).__name__}: '
-                         f'{str(e)[:200]}); '
-                         'get the file again') from e
+        raise ValueError(
+            f'{path}: no {cls.__name__} can be built from it ({type(e).__name__}: {str(e)[:200]}); get the '
+            'file again') from e
 
 # %% ../nbs/08_files/22_hub.ipynb #b09a26b0
 def check_replaceable(
@@ -448,12 +453,12 @@ def check_replaceable(
     if not folder.exists(): return
     ours = folder.is_dir() and (any((folder/n).is_file() for n in ('config.json', 'model_index.json'))
                                 or not any(folder.iterdir()))
-    if not ours: raise FileExistsError(f'{str(folder)!r} is no model folder, and only those are replaced; '
-                                       'remove it yourself, or give another folder')
+    if not ours: raise FileExistsError(
+        f'{str(folder)!r} is no model folder, and only those are replaced; remove it yourself, or give '
+        'another folder')
 
 def _exchange(model, folder, tmp, kwargs):
-    "Write the model into `tmp`, and put that in the place of `folder`; what was there stays whole until "
-    "then."
+    "Write the model into `tmp`, then put it in the place of `folder`; what was there stays whole until then."
     new, old = tmp/'new', tmp/'old'
     with work_lock(tmp):
         shutil.rmtree(new, ignore_errors=True)
@@ -473,8 +478,7 @@ def save_quantized(
     force=False, # replace a folder that exists
     **kwargs,    # for `save_pretrained`, e.g. max_shard_size, variant
 )->Path:         # the folder
-    "Save a packed model so that the folder is never seen half-written; FileExistsError where it exists, "
-    "OSError names the path."
+    "Save a packed model so that the folder is never seen half-written; an OSError names the path."
     folder = Path(folder)
     tmp = folder.parent/f'.{folder.name}.saving'
     try:
@@ -516,8 +520,7 @@ def _only_dense(make):
         for m in (*args, *kwargs.values()):
             if isinstance(m, nn.Module) and packed_layers(m): raise ValueError(
                 f'{cls.__name__}.{make.__func__.__name__}: {type(m).__name__} is packed, and dense weights '
-                'are copied here; '
-                'give aquatic_nb.hub.dequantize(copy.deepcopy(model))')
+                'are copied here; give aquatic_nb.hub.dequantize(copy.deepcopy(model))')
         return make.__func__(cls, *args, **kwargs)
     return classmethod(ours)
 
@@ -534,40 +537,35 @@ when_imported('diffusers.models.unets.unet_motion_model', _teach_copying)
 # %% ../nbs/08_files/22_hub.ipynb #ee11b2a7
 _MERGE_FIRST = 'merge it into the dense model (hub.dequantize gives one) and quantize that'
 
-def _no_conv(base, *args, **kwargs):
-    raise ValueError(f'LoRA on a packed convolution ({base}) is not possible; name linear layers in '
-                     'target_modules '
-                     f'(to_q, to_k, to_v, ...), or {_MERGE_FIRST}')
+def _no_merge(cls):
+    "Let a class of adapters refuse to merge into a packed layer."
+    merge = vars(cls).get('merge')
+    if merge is None or getattr(merge, '__isabstractmethod__', False): return
+    @wraps(merge)
+    def ours(self, *args, **kwargs):
+        if isinstance(self.get_base_layer(), AQLayer): raise ValueError(
+            f'merge: a packed layer cannot take in an adapter; keep it as an adapter, or {_MERGE_FIRST}')
+        return merge(self, *args, **kwargs)
+    cls.merge = ours
 
-@cache
-def _adapters():
-    "What peft puts around a packed layer of each type."
-    from peft.tuners import lora # optional
-    class PackedLinear(lora.Linear):
-        "A linear layer's adapter, which stays one while the layer is packed."
-        def merge(self, *args, **kwargs):
-            if isinstance(self.get_base_layer(), AQLayer): raise ValueError(
-                f'merge: a packed layer cannot take in an adapter; keep it as an adapter, or {_MERGE_FIRST}')
-            super().merge(*args, **kwargs)
-    return {AQLinear: PackedLinear, AQConv2d: _no_conv}
+def _teach_merging(module):
+    "Let every kind of adapter of peft, those of today and those still to be defined, refuse to merge."
+    def family(cls): return {cls}.union(*map(family, cls.__subclasses__()))
+    for cls in family(module.BaseTunerLayer): _no_merge(cls)
+    module.BaseTunerLayer.__init_subclass__ = classmethod(_no_merge)
 
-# %% ../nbs/08_files/22_hub.ipynb #4108503c
-def lora_config(
-    config, # a `peft.LoraConfig`
-):          # the same, which now knows packed layers
-    "Let peft put adapters around packed linear layers; ValueError (when they are added) for packed "
-    "convolutions."
-    config._register_custom_module(_adapters())
-    return config
+when_imported('peft.tuners.tuners_utils', _teach_merging)
 
 # %% ../nbs/08_files/22_hub.ipynb #c7064dbd
-def _teach_peft(module):
-    "Let `peft.tuners.lora.model` know packed layers, whoever makes the `LoraConfig`."
+def _teach_lora(module):
+    "Let `peft.tuners.lora.model` refuse packed convolutions."
     create = module.LoraModel._create_new_module
     def ours(config, adapter_name, target, **kwargs):
         base = target.get_base_layer() if hasattr(target, 'get_base_layer') else target
-        if isinstance(base, AQLayer): config = lora_config(config)
+        if isinstance(base, AQConv2d): raise ValueError(
+            f'LoRA on a packed convolution ({base}) is not possible; name linear layers in target_modules '
+            f'(to_q, to_k, to_v, ...), or {_MERGE_FIRST}')
         return create(config, adapter_name, target, **kwargs)
     module.LoraModel._create_new_module = staticmethod(ours)
 
-when_imported('peft.tuners.lora.model', _teach_peft)
+when_imported('peft.tuners.lora.model', _teach_lora)

@@ -35,7 +35,7 @@ def _line(x, xs, ys):
     return ys[i-1] + (ys[i] - ys[i-1])*(x - xs[i-1])/(xs[i] - xs[i-1])
 
 def _anchors(options, n=3):
-    "The additive options that are really encoded: the cheapest and n along the menu; the others lie on the line between."
+    "The additive options that are really encoded: the cheapest, and n along the menu."
     aq = sorted((o for o in options if o != 'dense' and o.kind == 'aq'), key=effective_bits)
     if not aq: return [o for o in options if o != 'dense'][:n]
     low = next((effective_bits(o) for o in aq if effective_bits(o) >= 4), effective_bits(aq[0]))
@@ -64,30 +64,35 @@ class _Layer:
     def W(self): return self.module.weight.detach().float().flatten(1)
 
 def _try_options(layer, seed):
-    "(H-error, cheap damage) of the anchors and of the shared anchors; the decoded anchors; the options that are possible."
+    "Errors of the anchors and of the shared ones, the decoded anchors, the options that are possible, gains."
     W, H, gains = layer.W, None if layer.H is None else layer.H.to(layer.module.weight.device), layer.gains
     gains = torch.zeros(len(W)) if gains is None or float(gains.max()) < 1e-15 else gains
     try:
         weights = {s: _decoded(W, H, s, seed) for s in _anchors(layer.options)}
         held = {s: _errors(W, H, gains, _decoded(W, H, s, seed, C)) for s, C in layer.books.items()}
-    except ValueError: return {}, {}, {}, ['dense'], gains   # a layer that the schemes can't hold stays as it is
+    except ValueError:
+        return {}, {}, {}, ['dense'], gains   # a layer that the schemes can't hold stays as it is
     return {s: _errors(W, H, gains, w) for s, w in weights.items()}, held, weights, layer.options, gains
 
+# %% ../nbs/05_bits/16_laq.ipynb #f90c0d76
 def _estimates(layer, seed):
     "Rows of the table for one layer, and the decoded anchors."
     known, held, weights, options, gains = _try_options(layer, seed)
     W, shape = layer.W, tuple(layer.module.weight.shape)
     log = lambda v: math.log2(max(v, 1e-30))
     def guess(o, found):
-        return (2**_line(effective_bits(o), [effective_bits(s) for s in found], [log(v[i]) for v in found.values()]) for i in (0, 1))
+        return (2**_line(effective_bits(o), [effective_bits(s) for s in found],
+                         [log(v[i]) for v in found.values()]) for i in (0, 1))
     base, rows = max(_errors(W, layer.H, gains, torch.zeros_like(W))[0], 1e-30), []
     for o in options:
         if o == 'dense': h, c = 0., 0.
         elif o in known: h, c = known[o]
         elif o.kind == 'uniform': h, c = _errors(W, layer.H, gains, _decoded(W, layer.H, o))
         else: h, c = guess(o, held if o.share else known)
-        rows.append(dict(layer=layer.name, kind=layer_kind(layer.name), shape='x'.join(map(str, shape)), option=str(o),
-                         bytes=stored_bytes(o, shape, dense_bytes=layer.dense_bytes), weights=W.numel(), h_error=h/base,
+        rows.append(dict(layer=layer.name, kind=layer_kind(layer.name), shape='x'.join(map(str, shape)),
+                         option=str(o),
+                         bytes=stored_bytes(o, shape, dense_bytes=layer.dense_bytes), weights=W.numel(),
+                         h_error=h/base,
                          cheap=c if c > 1e-20 else 0., measured=math.nan, encoded=o in known))
     return rows, weights
 
@@ -123,7 +128,8 @@ def _combine(rows):
         else:
             ratio = [(x, math.log2(max(m, 1e-30)/max(c, 1e-30))) for x, c, m in known]
             o = parse_scheme(r['option'])
-            x = ratio[-1][0] if o.kind == 'uniform' else min(max(effective_bits(o), ratio[0][0]), ratio[-1][0])
+            x = ratio[-1][0] if o.kind == 'uniform' else min(max(effective_bits(o), ratio[0][0]),
+                                                            ratio[-1][0])
             r['damage'] = r['cheap']*2**_line(x, *zip(*ratio))
     return rows
 
@@ -132,8 +138,8 @@ def sensitivity(
     model:nn.Module,      # the full-precision denoiser
     batches:list,         # calls, as `calibration_batches` gives; the last trajectories are held out
     *,
-    options=None,         # function: module -> list of options; None: `menu`, and `shared_menu` for small layers of a kind
-    cheap=False,          # True: estimates from backward passes alone; False: measured for three options of each layer
+    options=None,         # function: module -> list of options; None: `menu`, and `shared_menu`
+    cheap=False,          # True: estimates from backward passes alone; False: a few options are measured
     names:list=None,      # layers; None: all that can be packed
     held_out:int=4,       # trajectories on which damage is measured
     codebook_dtype='int8', # 'int8' or 'fp16'
@@ -143,15 +149,18 @@ def sensitivity(
     device=None,          # where to compute; None: where the model is
     workers:int=2,        # threads; the result does not depend on it
     progress=True,        # progress bar
-)->pd.DataFrame:          # layer, kind, option, bytes, weights, h_error, cheap, measured, encoded, damage, a column a step, model
+# layer, kind, option, bytes, weights, h_error, cheap, measured, encoded, damage, a column a step, model
+)->pd.DataFrame:
     "What every option of every layer does to the model's guided answer."
     layers, home = packable(model), next(model.parameters()).device
     names = list(layers) if names is None else list(names)
     if unknown := [n for n in names if n not in layers]:
-        raise ValueError(f'sensitivity: {unknown[0]!r} is not a layer that can be packed; layers are named like {next(iter(layers))!r}')
+        raise ValueError(f'sensitivity: {unknown[0]!r} is not a layer that can be packed; layers are named '
+                         f'like {next(iter(layers))!r}')
     if device is not None: model.to(device)
     run, offered = Run(seed, workers, memory, progress), (options, codebook_dtype)
-    try: return _Analysis(model, as_calls(model, batches), names, held_out, offered, run).table(cheap, work_dir)
+    analysis = _Analysis(model, as_calls(model, batches), names, held_out, offered, run)
+    try: return analysis.table(cheap, work_dir)
     finally: model.to(home)
 
 # %% ../nbs/05_bits/16_laq.ipynb #d443960a
@@ -163,9 +172,11 @@ class _Analysis:
         self.rest, self.points = split_points(calls, held_out)
         self.order = [n for n in execution_order(model, calls[0]) if n in set(names)]
         self.waves = waves(self.order, lambda n: moment_bytes(self.layers[n]), run.memory)
-        self.menus = {n: options(self.layers[n]) if options else menu(self.layers[n], codebook_dtype=self.codebook_dtype) for n in names}
+        self.menus = {n: options(self.layers[n]) if options
+                      else menu(self.layers[n], codebook_dtype=self.codebook_dtype) for n in names}
         self.sets = {} if options is not None else self.fitting_sets()
-        for key, mates in self.sets.items(): self.menus |= {n: self.menus[n] + shared_menu(*key, self.codebook_dtype) for n in mates}
+        for key, mates in self.sets.items():
+            self.menus |= {n: self.menus[n] + shared_menu(*key, self.codebook_dtype) for n in mates}
         self.mark, self.dense_bytes = table_mark(model), next(model.parameters()).element_size()
         self.key = digest(self.mark, calls.mark(), {n: list(map(str, m)) for n, m in self.menus.items()},
                           held_out, run.seed)
@@ -177,7 +188,8 @@ class _Analysis:
 
     def table(self, cheap, work_dir):
         "The table; what the folder holds already is not measured again."
-        path = None if work_dir is None else Path(work_dir)/f'laq_{self.key[:16]}{"_cheap" if cheap else ""}.csv'
+        name = f'laq_{self.key[:16]}{"_cheap" if cheap else ""}.csv'
+        path = None if work_dir is None else Path(work_dir)/name
         table = _read_cache(path)
         todo = [n for n in self.order if table.empty or n not in set(table.layer)]
         if not todo: return _ordered(table, self.names)
@@ -196,26 +208,31 @@ class _Analysis:
 def rows(self:_Analysis, todo, cheap):
     "Rows of the table, some layers at a time."
     model, workers, seed = self.model, self.run.workers, self.run.seed
-    copies = [model] if cheap or workers < 2 or next(model.parameters()).is_cuda else [model, copy.deepcopy(model)]
+    copies = [model] if cheap or workers < 2 or next(model.parameters()).is_cuda else [model,
+                                                            copy.deepcopy(model)]
     for wave in self.waves:
         wave = [n for n in wave if n in todo]
         if not wave: continue
         mates = {key: names for key, names in self.sets.items() if set(names) & set(wave)}
         wanted = list(dict.fromkeys([*wave, *sum(mates.values(), [])]))
         moments = input_moments(model, self.rest, wanted, rows_per_input=2, seed=seed, workers=workers)
-        learn = lambda key: _set_books(*key, mates[key], self.layers, moments, self.gains, (seed, self.codebook_dtype))
-        books = {n: found for key, found in zip(mates, list(in_order(learn, list(mates), workers))) for n in mates[key]}
+        learn = lambda key: _set_books(*key, mates[key], self.layers, moments, self.gains,
+                                       (seed, self.codebook_dtype))
+        books = {n: found for key, found in zip(mates, list(in_order(learn, list(mates), workers)))
+                 for n in mates[key]}
         for part in (wave[i:i + 8] for i in range(0, len(wave), 8)):
             known = [self.layer(n, moments, books) for n in part]
             made = list(in_order(lambda o: _estimates(o, seed), known, workers))
             if not cheap: self.measure(made, copies)
             yield [r for rows, _ in made for r in _combine(rows)]
 
+# %% ../nbs/05_bits/16_laq.ipynb #c0cfdbfe
 @patch
 def layer(self:_Analysis, name, moments, books):
     "One layer with what is known of it."
     H = moments[name].H if name in moments else None
-    return _Layer(name, self.layers[name], H, self.gains.get(name), self.menus[name], books.get(name, {}), self.dense_bytes)
+    return _Layer(name, self.layers[name], H, self.gains.get(name), self.menus[name], books.get(name, {}),
+                  self.dense_bytes)
 
 @patch
 def measure(self:_Analysis, made, copies):
@@ -233,11 +250,13 @@ def _read_cache(path):
     try: return pd.read_csv(path, float_precision='round_trip')
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError): return pd.DataFrame()
 
+# %% ../nbs/05_bits/16_laq.ipynb #f272b754
 def _ordered(table, names):
     "Rows in the order of `names`, numbers as they are read back from a file."
     table = table[table.layer.isin(names)]
     at = table.layer.map({n: i for i, n in enumerate(names)})
-    return table.assign(_at=at).sort_values(['_at', 'bytes'], kind='stable').drop(columns='_at').reset_index(drop=True)
+    return table.assign(_at=at).sort_values(['_at', 'bytes'],
+                                            kind='stable').drop(columns='_at').reset_index(drop=True)
 
 # %% ../nbs/05_bits/16_laq.ipynb #8f5bcfa2
 def worth_of(
@@ -264,15 +283,20 @@ def learn_shared(
         if o != 'dense' and o.share: sets.setdefault(o, []).append(n)
     def need(s): return sum(moment_bytes(layers[n]) for n in sets[s])
     for s in sets:
-        if need(s) > run.memory: raise ValueError(f'{s}: the input moments of its {len(sets[s])} layers need more than memory={run.memory} '
+        if need(s) > run.memory: raise ValueError(f'{s}: the input moments of its {len(sets[s])} layers '
+                                                  f'need more than memory={run.memory} '
                                                   'bytes together; allow more, or override these layers')
     for wave in waves(sets, need, run.memory):
         names = sum((sets[s] for s in wave), [])
-        moments = input_moments(model, batches, names, rows_per_input=2, seed=run.seed, workers=run.workers) if batches else {}
-        def one(s): return share_codebooks([_problem(n, layers[n], moments, worth) for n in sets[s]], s, seed=run.seed, **options)
+        moments = input_moments(model, batches, names, rows_per_input=2, seed=run.seed,
+                                workers=run.workers) if batches else {}
+        def one(s):
+            return share_codebooks([_problem(n, layers[n], moments, worth) for n in sets[s]], s,
+                                   seed=run.seed, **options)
         out |= zip(wave, in_order(one, wave, run.workers))
     return out
 
+# %% ../nbs/05_bits/16_laq.ipynb #f16670b1
 def _problem(name, module, moments, worth):
     "A layer as `share_codebooks` wants it: rows, moments, and what its relative error is worth."
     W, H = module.weight.detach().float().flatten(1), moments[name].H if name in moments else None
@@ -286,7 +310,8 @@ def _quick_encode(model, batches, choice, run):
     names = [n for n in execution_order(model, batches[0]) if choice.get(n, 'dense') != 'dense']
     with run.bar(total=len(names), desc='encoding an allocation') as bar:
         for wave in waves(names, lambda n: moment_bytes(layers[n]), run.memory):
-            moments = input_moments(model, batches, wave, rows_per_input=2, seed=run.seed, workers=run.workers)
+            moments = input_moments(model, batches, wave, rows_per_input=2, seed=run.seed,
+                                    workers=run.workers)
             def one(n):
                 W, H = layers[n].weight.detach().float().flatten(1), moments[n].H if n in moments else None
                 return _decoded(W, H, choice[n], run.seed, books.get(choice[n]))
@@ -295,6 +320,7 @@ def _quick_encode(model, batches, choice, run):
                 bar.update()
     return out
 
+# %% ../nbs/05_bits/16_laq.ipynb #61030037
 def additivity(
     model:nn.Module,    # the full-precision denoiser
     batches:list,       # calls, as for `sensitivity`

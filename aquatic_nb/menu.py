@@ -6,8 +6,6 @@
 __all__ = ['effective_bits', 'menu', 'share_sets', 'shared_menu']
 
 # %% ../nbs/05_bits/13_menu.ipynb #77d5cd9a
-import math
-
 import numpy as np
 from torch import nn
 
@@ -18,7 +16,7 @@ from .kaq import catalogue, layer_kind, natural_group_size
 def effective_bits(
     scheme:Scheme, # an additive scheme
 )->float:          # bits a group that are worth as much as bits of a single codebook
-    "Code bits of a group, less what a greedy-free single codebook would not lose: 1.5 bits for every codebook after the first."
+    "Code bits of a group, less what a single codebook would not lose: 1.5 bits for each after the first."
     return scheme.n_codebooks*scheme.codebook_bits - 1.5*(scheme.n_codebooks - 1)
 
 def menu(
@@ -30,7 +28,8 @@ def menu(
     "The options of one layer: additive schemes that no other beats, integers, and dense."
     shape, d = tuple(module.weight.shape), natural_group_size(module.weight.shape)
     small = [Scheme(1, b, d, codebook_dtype) for b in (1, 2, 4, 5)]
-    schemes = small + [s for s in catalogue(d, codebook_dtype) if s.n_codebooks <= 4 and s.codebook_bits <= 9 and s.code_bits < 5]
+    schemes = small + [s for s in catalogue(d, codebook_dtype) if s.n_codebooks <= 4 and s.codebook_bits <= 9
+                       and s.code_bits < 5]
     front = []
     for _, e, i in sorted((stored_bytes(s, shape), -effective_bits(s), i) for i, s in enumerate(schemes)):
         if not front or -e > effective_bits(front[-1]): front.append(schemes[i])
@@ -40,7 +39,8 @@ def menu(
     return sorted(options, key=lambda o: stored_bytes(o, shape, dense_bytes=dense_bytes))
 
 # %% ../nbs/05_bits/13_menu.ipynb #e22e62a8
-_SHARED = ((1, 6), (1, 8), (1, 10), (1, 12), (2, 6), (2, 7), (2, 8), (2, 9), (3, 8), (4, 8)) # of what layers can share
+_SHARED = ((1, 6), (1, 8), (1, 10), (1, 12), (2, 6), (2, 7), (2, 8), (2, 9), (3, 8),
+           (4, 8)) # of what layers can share
 
 def share_sets(
     layers:dict,    # name -> Conv2d or Linear
@@ -49,7 +49,8 @@ def share_sets(
     "Layers that may hold one set of codebooks: small ones of one kind and one group size."
     sets = {}
     for n, m in layers.items():
-        if m.weight.numel() <= most: sets.setdefault((layer_kind(n), natural_group_size(m.weight.shape)), []).append(n)
+        if m.weight.numel() <= most:
+            sets.setdefault((layer_kind(n), natural_group_size(m.weight.shape)), []).append(n)
     return {key: names for key, names in sets.items() if len(names) > 1 and key[0] != 'other'}
 
 def shared_menu(

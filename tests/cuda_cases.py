@@ -3,8 +3,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from aquatic_nb.aq import AQTensor
-from aquatic_nb.layers import AQLinear, from_aq, uniform_codebook
+from aquatic_nb.aq import AQTensor, Scheme
+from aquatic_nb.core import generator
+from aquatic_nb.kaq import natural_group_size, packable
+from aquatic_nb.layers import AQLinear, from_aq, swap, uniform_codebook
 
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1e-2}   # largest error over the largest value: the result's rounding
 
@@ -41,3 +43,33 @@ def error(y, ref):
 
 
 def close(y, ref): return error(y, ref) < TOLERANCE[y.dtype]
+
+
+def random_case(i):
+    "Case i of any number: (packed layer, input), both on the CPU; sizes, schemes, strides, dtypes and memory orders are drawn."
+    g, shared = generator(i, 'cuda case'), generator(i//1000, 'cuda schemes')
+    pick = lambda *options, g=g: options[int(torch.randint(len(options), (), generator=g))]
+    upto = lambda n, least=1, g=g: int(torch.randint(least, n + 1, (), generator=g))
+    draw = lambda group: Scheme(upto(5, g=shared), upto(12, g=shared), group, pick('int8', 'int8', 'fp16', g=shared))
+    for_rows, for_kernels, for_none = (draw(8), draw(8)), (draw(9), draw(9)), draw(upto(16, g=shared))   # a thousand cases share
+    kind, dtype = pick('linear', 'conv1x1', 'conv3x3'), pick(torch.float16, torch.float16, torch.bfloat16)
+    fused = pick(*(for_kernels if kind == 'conv3x3' else for_rows))
+    scheme = pick(fused, fused, fused, for_none)                              # programs are compiled once a scheme, so there are few
+    I = upto(160) if pick(True, False, False) else 8*upto(24)
+    layer = random_layer(kind, scheme, upto(150), I, g, stride=pick(1, 1, 2), pad=pick(0, 1), dtype=dtype, bias=pick(True, False))
+    tokens = pick((upto(8),), (upto(8),), (upto(70),), (upto(3), upto(40)))
+    if kind == 'linear': return layer, torch.randn(*tokens, I, generator=g).to(dtype)
+    x = torch.randn(upto(3), I, upto(20, 3), upto(20, 3), generator=g).to(dtype)
+    return layer, x.to(memory_format=torch.channels_last) if pick(True, False) else x
+
+
+def pack_randomly(model, g, n_codebooks=2, bits=8):
+    "Every packable layer with random codes (`bits`, and one more for 3x3 kernels, a code), in place: times do not depend on codes."
+    for name, m in packable(model).items():
+        d, (O, N) = natural_group_size(m.weight.shape), (len(m.weight), m.weight[0].numel())
+        s = Scheme(n_codebooks, bits + (d == 9 and bits > 7), d)
+        reach = 127//n_codebooks
+        codes = torch.randint(s.n_codewords, (O, -(-N//d), n_codebooks), generator=g).short()
+        books = torch.randint(-reach, reach + 1, (n_codebooks, s.n_codewords, d), generator=g).to(torch.int8)
+        swap(model, name, from_aq(m, AQTensor(codes, books, torch.full((O,), .02/N**.5).half(), tuple(m.weight.shape), s)))
+    return model

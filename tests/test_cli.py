@@ -1,11 +1,15 @@
 """The command line as a person or a script meets it: results on stdout, messages on stderr, exit codes, nothing overwritten."""
 import aquatic_nb # first: torchvision may lack its operators
-import json, signal, subprocess, sys, time
+import json, re, signal, subprocess, sys, time
+from pathlib import Path
 
 import pytest
+import torch
+from diffusers import UNet2DModel
 
 from aquatic_nb import cli
 from aquatic_nb.core import work_lock
+from aquatic_nb.walk import SAMPLING_GUIDANCE
 from packed_models import class_pipe, conditional, ddpm, plain
 
 def aquatic(capsys, *args):
@@ -34,9 +38,16 @@ def test_quantize_a_pipeline(packed, capsys):
     code, out, err = aquatic(capsys, 'info', packed, '--json')
     found = json.loads(out)
     assert code == 0 and found['packed_layers'] > 20 and found['bits'] <= 6 and len(found['layers']) == found['packed_layers'] + found['dense_layers']
+    assert sum(found['runs'].values()) == found['packed_layers'] and found['weight_cache']['budget'] > 0
     assert found['file_bytes'] == sum(f.stat().st_size for f in (packed/'unet').glob('*.safetensors'))
     code, out, err = aquatic(capsys, 'info', packed, '--layers')
     assert code == 0 and 'mid_block' in out and 'kernels' in out
+
+def test_info_about_this_machine(capsys):
+    code, out, err = aquatic(capsys, 'info', '--json')
+    found = json.loads(out)
+    assert code == 0 and {'decode', 'dense'} <= set(found['kernels']) and found['width'] in found['widths'] and found['why'], err
+    assert found['bfloat16'] in (True, False) and found['weight_cache'].keys() >= {'used', 'budget'}
 
 def test_quantize_a_model_folder(tmp_path, capsys):
     conditional().save_pretrained(tmp_path/'dense')
@@ -62,12 +73,36 @@ def test_plan_reads_no_weights(pipe_folder, tmp_path, capsys):
     assert code == 0, err
     assert json.loads(out)['layers'] and sorted(o.name for o in tmp_path.iterdir()) == ['p']
 
+def test_plan_says_what_the_run_would_do(pipe_folder, capsys):
+    def plan(*args):
+        code, out, err = aquatic(capsys, 'quantize', pipe_folder, '--plan', '--bits', '6', '--json', *args)
+        assert code == 0, err
+        found = json.loads(out)
+        return found['stages'], {o['layer']: o['scheme'] for o in found['layers']}, found
+    stages, schemes, found = plan('--act-bits', 8, '--tune', 3, '--override', 'conv_in=dense')
+    assert list(stages) == ['walk', 'sensitivity', 'encode', 'activations', 'tune', 'save'] and stages['walk'].startswith('64 traj') and '3 min' in stages['tune']
+    assert schemes['conv_in'] == 'dense' and set(schemes.values()) == {'dense', 'LAQ decides'} and found['layers'][3]['bytes'] is None
+    assert found['memory']['total'] == sum(v for k, v in found['memory'].items() if k != 'total')
+    stages, schemes, _ = plan('--uniform', '--trajectories', 5)
+    assert list(stages) == ['walk', 'encode', 'save'] and stages['walk'].startswith('5 traj') and 'LAQ decides' not in schemes.values()
+    stages, schemes, found = plan('--no-calibration')
+    assert list(stages) == ['encode', 'save'] and 'LAQ decides' not in schemes.values() and found['memory']['moments'] == 0
+
+def test_plan_counts_trajectories_as_the_run_does(pipe_folder, tmp_path, capsys, monkeypatch):
+    from aquatic_nb import quant
+    asked = []
+    monkeypatch.setattr(quant, 'calibration_batches', lambda model, data, n, **kw: asked.append(n) or 1/0)
+    code, out, err = aquatic(capsys, 'quantize', pipe_folder, tmp_path/'dst', '--bits', 6)
+    assert code == 1 and f'walk: {asked[0]} trajectories' in err
+    assert cli._LARGE == quant._LARGE
+
 @pytest.mark.parametrize('args, says', [
     (['quantize', 'nowhere', 'DST'], 'does not exist'), (['quantize', 'SRC', 'SRC'], '--force'), (['quantize', 'SRC'], 'DST'), (['quantize', 'EMPTY', 'DST'], 'no diffusers model'),
-    (['quantize', 'SRC', 'DST', '--bits', '0'], 'bits'), (['quantize', 'SRC', 'DST', '--bits', '9'], 'bits'), (['quantize', 'SRC', 'DST', '--bits', 'nan'], 'bits'), (['quantize', 'SRC', 'DST', '--bits', 'two'], '--bits'),
+    (['quantize', 'SRC', 'DST', '--bits', '0'], 'bits'), (['quantize', 'SRC', 'DST', '--bits', '17'], '0.25 to 16'), (['quantize', 'SRC', 'DST', '--bits', 'nan'], 'bits'), (['quantize', 'SRC', 'DST', '--bits', 'two'], '--bits'),
     (['quantize', 'SRC', 'DST', '--act-bits', '1'], 'act-bits'), (['quantize', 'SRC', 'DST', '--act-bits', '5'], 'act-bits'),
     (['quantize', 'SRC', 'DST', '--tune', '0'], '--tune'), (['quantize', 'SRC', 'DST', '--tune', 'inf'], '--tune'), (['quantize', 'SRC', 'DST', '--memory', 'nan'], '--memory'), (['quantize', 'SRC', 'DST', '--trajectories', '0'], '--trajectories'),
     (['quantize', 'SRC', 'SRC', '--force'], 'is SRC'), (['quantize', 'SRC', 'SRC/..', '--force'], 'holds it'), (['quantize', 'SRC', 'FOREIGN', '--force'], 'no model folder'), (['quantize', 'SRC', 'DST', '--part', 'vae'], 'vae'), (['quantize', 'SRC/model_index.json', 'DST'], 'is a file'),
+    (['quantize', 'SRC/unet', 'DST', '--bits', '6', '--tune', '1'], 'pipeline'), (['quantize', 'SRC', 'DST', '--no-calibration', '--act-bits', '8'], '--no-calibration'),
     (['sample', 'nowhere'], 'does not exist'), (['sample', 'SRC/unet'], 'not a pipeline'), (['sample', 'SRC', '--n', '0'], '--n'), (['sample', 'SRC', '--classes', 'a'], 'numbers'), (['sample', 'SRC', '--out', 'SRC'], 'not empty'),
     (['evaluate', 'SRC', '--n', '2', '--steps', '1'], '--against'), (['info', 'EMPTY'], 'config.json'), (['bench', 'SRC'], 'not packed'), (['bench'], 'SRC is missing'), (['bench', 'SRC', '--peers'], 'leave out'), (['bench', '--peers', '--only', 'nothing', '--out', 'DST'], 'no row is called'), (['convert-ldm4', 'nowhere.ckpt', 'DST'], 'does not exist'),
     (['demo', '--out', 'SRC'], 'not empty'), (['nonsense'], 'nonsense'), (['quantize', 'SRC', 'DST', '--nonsense'], 'nonsense')], ids=lambda a: ' '.join(a) if isinstance(a, list) else '')
@@ -75,7 +110,7 @@ def test_bad_input(pipe_folder, tmp_path, capsys, args, says):
     (tmp_path/'empty').mkdir(); (tmp_path/'foreign').mkdir(); (tmp_path/'foreign'/'thesis.txt').write_text('mine')
     args = [str(a).replace('SRC', str(pipe_folder)).replace('DST', str(tmp_path/'dst')).replace('EMPTY', str(tmp_path/'empty')).replace('FOREIGN', str(tmp_path/'foreign')) for a in args]
     code, out, err = aquatic(capsys, *args)
-    assert code == 2 and says in err and out == '' and 'Traceback' not in err, err
+    assert code == 2 and says in err and out == '' and err.count('\n') == 1, err
     assert not (tmp_path/'dst').exists() and (tmp_path/'foreign'/'thesis.txt').exists() and (pipe_folder/'model_index.json').exists()
 
 def test_pickled_components_are_refused(tmp_path, capsys):
@@ -89,7 +124,7 @@ def test_pickled_components_are_refused(tmp_path, capsys):
 
 def test_no_memory(pipe_folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(cli, 'free_memory', lambda: 2**20)
-    code, out, err = aquatic(capsys, 'quantize', pipe_folder, tmp_path/'dst')
+    code, out, err = aquatic(capsys, 'quantize', pipe_folder, tmp_path/'dst', '--bits', 6)
     assert code == 3 and 'free' in err and not (tmp_path/'dst').exists()
 
 def test_damaged_source(packed, tmp_path, capsys):
@@ -129,6 +164,65 @@ def test_version_and_help(capsys):
     for command in ('quantize', 'sample', 'evaluate', 'info', 'bench', 'demo', 'convert-ldm4', 'version'):
         code, out, err = aquatic(capsys, command, '--help')
         assert code == 0 and 'Usage: aquatic ' + command in out
+
+class Angry(UNet2DModel):
+    def forward(self, *args, **kwargs): raise RuntimeError('mat1 and mat2\nmust have the same dtype')
+
+def test_any_error_is_one_line(pipe_folder, tmp_path, capsys, monkeypatch):
+    "A model's own forward may raise whatever it likes."
+    monkeypatch.setattr(UNet2DModel, 'forward', Angry.forward)
+    for command in (['sample', pipe_folder, '--out', tmp_path/'out'], ['quantize', pipe_folder, tmp_path/'dst', '--bits', 6]):
+        code, out, err = aquatic(capsys, *command)
+        line = err.rstrip('\n').rpartition('\n')[2]
+        assert code == 1 and line.startswith('aquatic: RuntimeError: mat1 and mat2 must have') and '--debug' in line and 'Traceback' not in err, err
+    code, out, err = aquatic(capsys, *command, '--debug')
+    assert code == 1 and 'Traceback' in err and 'in forward' in err
+
+@pytest.mark.parametrize('error, code', [(RuntimeError('a'), 1), (AssertionError('a'), 1), (KeyError('a'), 1), (MemoryError(), 3), (torch.OutOfMemoryError('a'), 3),
+    (cli.NotEnoughMemory('a'), 3), (ValueError('a'), 2), (TypeError('a'), 2), (FileExistsError('a'), 2), (PermissionError(13, 'a'), 4), (KeyboardInterrupt(), 130)])
+def test_codes(capsys, monkeypatch, error, code):
+    def fail(): raise error
+    monkeypatch.setattr(cli, '_machine', fail)
+    found, out, err = aquatic(capsys, 'info')
+    assert found == code and out == '' and err.count('\n') == 1 and err.startswith('aquatic: '), err
+
+def test_one_guidance(capsys):
+    "The default is stated once, in `walk`; the benchmark's is its protocol's."
+    for command in ('sample', 'bench', 'evaluate'):
+        code, out, err = aquatic(capsys, command, '--help')
+        text = ' '.join(out.split())
+        assert re.search(rf'--guidance\b.*?{SAMPLING_GUIDANCE:g}\b', text), text
+    source = (Path(cli.__file__)).read_text()
+    assert not re.search(r'guidance\w*\s*=\s*\d', source)
+
+def test_doors_are_rooms():
+    "`import aquatic_nb` is enough: each door opens when it is named, and `cli` names doors only."
+    source = (Path(cli.__file__)).read_text() + (Path(cli.__file__).with_name('sources.py')).read_text()
+    named = set(re.findall(r'aquatic_nb\.(\w+)', re.sub(r'#.*', '', source))) - {'__version__'}
+    assert named <= set(aquatic_nb._DOORS), named
+    for name in named: assert getattr(aquatic_nb, name).__name__.startswith('aquatic_nb.')
+    with pytest.raises(AttributeError, match='nothing'): aquatic_nb.nothing
+
+def test_help_is_quick():
+    "Nothing heavy is imported but torch, for help and for the version."
+    code = "import sys; from aquatic_nb import cli\ntry: cli.main([sys.argv[1]])\nexcept SystemExit: pass\n" \
+           "print([o for o in ('diffusers', 'numba', 'pandas', 'matplotlib', 'torch_fidelity', 'accelerate') if o in sys.modules])"
+    for command in ('--help', 'version'):
+        found = subprocess.run([sys.executable, '-c', code, command], capture_output=True, text=True, check=True)
+        assert found.stdout.strip().endswith('[]'), found.stdout
+
+def test_bars_move(capsys):
+    "A stage that says nothing has a clock that is drawn again."
+    with cli._stages('work', 1, every=.02) as (stage, seconds): stage('silence', lambda: time.sleep(.6))
+    err = capsys.readouterr().err
+    assert err.count('work: silence (0/1') > 5 and 'work: silence (1/1' in err
+
+def test_demo_says_how_long_it_takes():
+    unet = class_pipe().unet
+    few, many = (cli._demo_minutes(unet, n, 2.) for n in (10, 10_000))
+    assert 2 < few and 2 < many
+    said = cli._announcement(dict(bits=2., tune=2.), 200, 7.6)
+    assert '200 images' in said and '2 bits' in said and 'About 8 minutes here' in said and '\n' not in said
 
 def test_interrupt_can_be_resumed(pipe_folder, tmp_path):
     "Ctrl-C in the middle: code 130, a message that says how to go on, and the same bytes in the end."

@@ -9,19 +9,18 @@ import warnings
 
 import pytest
 import torch
-from cuda_cases import close, random_layer, reference
+from cuda_cases import close, pack_randomly, random_case, random_layer, reference
 from cuda_emulator import Emulator, can_emulate
 from hypothesis import HealthCheck, given, settings, strategies as st
-from torch import nn
 
 from aquatic_nb import cuda
-from aquatic_nb.aq import AQTensor, Scheme, decode, stored_bytes
-from aquatic_nb.cuda import (Job, aligned, choose, decode_into, job_of, plan_launch, run_on, run_safely, why_not_call,
+from aquatic_nb.aq import Scheme, decode, stored_bytes
+from aquatic_nb.cuda import (Job, aligned, choose, decode_into, fused_ways, job_of, plan_launch, run_on, run_safely, why_not_call,
                              why_not_device, why_not_fused)
 from aquatic_nb.kernels import cuda_runtime
 from aquatic_nb.kernels.cuda_runtime import CHIPS, Gpu, chip_of, compile_cubin, find_nvrtc
 from aquatic_nb.kernels.cuda_source import Args, Program
-from aquatic_nb.layers import from_aq, pick_kernel
+from aquatic_nb.layers import pick_kernel
 
 needs_gxx = pytest.mark.skipif(not can_emulate, reason='the emulator needs Linux and g++')
 
@@ -102,6 +101,15 @@ def test_decode_is_exact(scheme, kind, I):
     for dtype in (torch.float16, torch.bfloat16)[:2 if kind != 'linear' else 1]:
         for order in (0, 1):
             assert torch.equal(decode_into(Emulator(order), layer, x.to(dtype), job_of(layer, x)), decode(layer.aq, dtype))
+
+
+def test_random_cases_are_of_all_kinds_and_repeat():
+    cases = [random_case(i) for i in range(0, 10000, 83)]
+    seen = {how for l, x in cases for how in fused_ways(l.scheme, job_of(l, aligned(x)), CHIPS[0].shared)}
+    assert seen == {'few', 'gemm', 'conv'} and all(why_not_call(*case) is None for case in cases)
+    assert len({l.scheme for l, _ in cases}) > 15 and {x.dtype for _, x in cases} == {torch.float16, torch.bfloat16}
+    again, x = random_case(83)
+    assert torch.equal(again.aq.codes, cases[1][0].aq.codes) and torch.equal(x, cases[1][1])
 
 
 @needs_gxx
@@ -382,17 +390,12 @@ def test_what_reaches_the_driver(monkeypatch):
 @pytest.mark.slow
 def test_a_whole_unet_through_the_emulator():
     from aquatic_nb import layers
-    from aquatic_nb.kaq import packable
     from diffusers import UNet2DConditionModel
     torch.manual_seed(0)
     unet = UNet2DConditionModel(sample_size=8, in_channels=3, out_channels=3, down_block_types=('DownBlock2D', 'CrossAttnDownBlock2D'), up_block_types=('CrossAttnUpBlock2D', 'UpBlock2D'),
                                 block_out_channels=(16, 32), layers_per_block=1, cross_attention_dim=16, attention_head_dim=1, norm_num_groups=8).eval().half()
     g = torch.Generator().manual_seed(0)
-    for name, m in packable(unet).items():
-        d = 9 if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3) else 8
-        s, N = Scheme(2, 8, d), m.weight[0].numel()
-        aq = AQTensor(torch.randint(256, (len(m.weight), -(-N//d), 2), generator=g).short(), torch.randint(-63, 64, (2, 256, d), generator=g).to(torch.int8), torch.full((len(m.weight),), .02/N**.5).half(), tuple(m.weight.shape), s)
-        layers.swap(unet, name, from_aq(m, aq))
+    pack_randomly(unet, g)
     args = torch.randn(2, 3, 8, 8, generator=g).half(), 500, torch.randn(2, 1, 16, generator=g).half()
     used, backend = set(), Emulator()
     def run(layer, x):

@@ -250,7 +250,17 @@ def test_lora(packed, peft):
     m.delete_adapters('default')
     with pytest.raises(ValueError, match='packed convolution.*merge it into the dense model'): m.add_adapter(peft.LoraConfig(r=2, target_modules=['conv1']), 'other')
     assert torch.equal(run(m), run(packed))
-    hub.lora_config(peft.LoraConfig(r=2, target_modules=['to_q'])) # by hand, where peft is not asked through diffusers
+
+@pytest.mark.parametrize('kind', ['LoraConfig', 'LoHaConfig', 'LoKrConfig', 'IA3Config', 'OFTConfig'])
+def test_no_adapter_is_lost_in_merging(packed, peft, kind):
+    "Whatever peft calls it: what is added to a decoded weight is gone at the next call."
+    names = ['to_q', 'ff.net.2']
+    more = dict(feedforward_modules=names[1:]) if kind == 'IA3Config' else {}
+    model = peft.inject_adapter_in_model(getattr(peft, kind)(target_modules=names, **more), copy.deepcopy(packed))
+    worn = [m for m in model.modules() if hasattr(m, 'merge') and hasattr(m, 'base_layer')]
+    assert len(worn) > 5 and torch.allclose(run(model), run(packed), atol=1e-4)
+    for m in worn:
+        with pytest.raises(ValueError, match='cannot take in an adapter.*dequantize'): m.merge()
 
 def test_lora_is_loaded_saved_and_merged(packed, peft, tmp_path):
     dense = conditional()

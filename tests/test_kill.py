@@ -32,29 +32,30 @@ class Halt(Exception): "Tuning would begin now."
 
 def tuned(work):
     from aquatic_nb.quant import quantize_unet
-    from aquatic_nb.semi_pv import TuneConfig
+    from aquatic_nb.tune.distill import TuneConfig
     pipe = class_pipe()
     how = TuneConfig(steps=30, batch=4, mode='walk', selector='A', code_every=2, code_fraction=.05, trust_ratio=.5, warmup=2, held_every=10, seed=5)
     return quantize_unet(pipe.unet, 7, calibration=pipe, tune=how, work_dir=work, laq=False, overrides={'*resnets*': (2, 3), '*attn*': (1, 4)}, sweeps=1, beam=2, n_calibration=2, workers=1, progress=False)
 
 def tune(folder, dst):
-    from aquatic_nb import hub, quant
+    from aquatic_nb import hub
+    from aquatic_nb.tune import distill as room
     if not (work := dst.with_name(dst.name + '.work')).exists():
         shutil.copytree(folder/'encoded', tmp := dst.with_name(f'{dst.name}.{os.getpid()}')); os.replace(tmp, work)
-    def distill(*args, real=quant.distill, **kwargs):
+    def distill(*args, real=room.distill, **kwargs):
         log = real(*args, **kwargs, every_minutes=.05/60)
-        assert log[-1]['kept'] != 'start' and max(r['changed'] for r in log[:-1]) > 0, log[-1] # there is something that could differ
+        assert log[-1]['kept'] != 'start' and any(r[k] for r in log[:-1] for k in ('additive', 'integer')), log[-1] # there is something that could differ
         return log
-    quant.distill = distill
+    room.distill = distill
     hub.save_quantized(tuned(work), dst)
 
 def prepare_tune(folder, how):
-    from aquatic_nb import quant, semi_pv
-    def halt(student, teacher, config, held, **kwargs): # where processes are forks of this one, they inherit the teacher's walks
-        if how == 'fork': held.walk(0), [semi_pv.walk_batch(teacher, i, config.batch, config.seed) for i in range(0, config.steps, teacher.steps)]
+    from aquatic_nb.tune import distill as room
+    def halt(student, teacher, config, held, *args, **kwargs): # where processes are forks of this one, they inherit the teacher's walks
+        if how == 'fork': held.walk(0), [room.walk_batch(teacher, i, config.batch, config.seed) for i in range(0, config.steps, teacher.steps)]
         raise Halt
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(quant, 'distill', halt)
+        patch.setattr(room, 'distill', halt)
         with pytest.raises(Halt): tuned(folder/'encoded')
 
 def remember(patch, owner, name, key=lambda *args: 0):
@@ -67,8 +68,9 @@ def remember(patch, owner, name, key=lambda *args: 0):
 
 def remember_all(patch):
     from aquatic_nb import quant
+    from aquatic_nb.tune.distill import Teacher
     remember(patch, quant, 'calibration_batches'); remember(patch, quant, 'timestep_weights')
-    remember(patch, quant.Teacher, 'make', lambda teacher, i: (teacher.seed, i))
+    remember(patch, Teacher, 'make', lambda teacher, i: (teacher.seed, i))
 
 def step_in(work):
     import torch

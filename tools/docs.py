@@ -323,6 +323,7 @@ def finish():
         up = '../' * (len(page.relative_to(out).parts)-1)
         text = page.read_text(encoding='utf-8')
         text = re.sub(r'https://cdn\.jsdelivr\.net/npm/katex@[^/"]*/dist(?:/contrib)?/', f'{up}site_libs/katex/', text)
+        text = re.sub(r'<a href="[^"]*#_[^"]*"[^>]*>(.*?)</a>', r'\1', text) # private names have no entry to link to
         page.write_text(text.replace(site_url, up), encoding='utf-8')
 
 # ---- checking

@@ -9,117 +9,147 @@ __all__ = ['linear_gemm', 'conv1x1_gemm', 'linear_few']
 import numpy as np
 import torch
 
-from .decode import Packed, _unpack_range, check_call
-from .simd import _I64, _jit, _transpose, run_threads, scratch, simd
+from .decode import Packed, _rows, _word, check_call
+from .simd import _I32, _jit, _transpose, _transpose4, run_threads, scratch, simd, width
 
 # %% ../../nbs/10_kernels/26_gemm.ipynb #03489ff9
-def _gemm(e, a, ao, astep, rows, panels, k):
-    "sum_k a[k][r] * panel[k][lane]: `rows` broadcasts against one vector of each panel; all sums stay in registers."
+def _spread(e, a, at, rows):
+    "`rows` neighbouring numbers, each in all lanes."
+    if e.lanes != 4: return [e.splat(e.scalar(a, e.add(at, r))) for r in range(rows)]
+    four = [e.load(a, e.add(at, r)) for r in range(0, rows, 4)]
+    return [e.shuffle(four[r//4], four[r//4], [r % 4]*4) for r in range(rows)]
+
+def _product(e, rows, a, starts, b, panels, k):
+    "sum_k a[k][row] * b[k][lane], blocks of `rows` rows at `starts`, panels at `panels`: a list of sums."
     def step(i, acc):
-        w = [e.load(p, e.add(o, e.mul(i, 16))) for p, o in panels]
-        base = e.add(ao, e.mul(i, astep))
-        new = []
-        for r in range(rows):
-            v = e.splat(e.scalar(a, e.add(base, r)))
-            new += [e.fma(v, w[j], acc[r*len(w) + j]) for j in range(len(w))]
+        w, new = [e.load(b, e.add(o, e.mul(i, e.lanes))) for o in panels], []
+        for at in starts:
+            for v in _spread(e, a, e.add(at, e.mul(i, rows)), rows):
+                new += [e.fma(v, x, acc[len(new) + j]) for j, x in enumerate(w)]
         return new
-    return e.loop(k, [e.zero()]*(rows*len(panels)), step)
+    return e.loop(k, [e.zero()]*(rows*len(starts)*len(panels)), step)
+
+# %% ../../nbs/10_kernels/26_gemm.ipynb #488ee4ed
+def _panels(e, w, first, step): return [e.add(first, e.mul(step, j)) for j in range(w.panels)]
 
 @simd
-def _gemm12x2(e, a, ao, b, b0, b1, k, y, yo, ystep):
-    "y[r][0:32] = sum_k a[k][r] [b0[k], b1[k]] for 12 rows."
-    acc = _gemm(e, a, ao, 12, 12, [(b, b0), (b, b1)], k)
-    for r in range(12):
-        for j in range(2): e.store(acc[2*r + j], y, e.add(e.add(yo, 16*j), e.mul(ystep, r)))
+def _full(e, w, a, ao, b, bo, bstep, k, y, yo, ystep):
+    "y[row][panel, lane] = sum_k a[k][row] b[panel][k][lane]"
+    acc = _product(e, w.rows, a, [ao], b, _panels(e, w, bo, bstep), k)
+    for i, v in enumerate(acc):
+        e.store(v, y, e.add(e.add(yo, e.lanes*(i % w.panels)), e.mul(ystep, i//w.panels)))
 
 @simd
-def _gemm12x1(e, a, ao, b, b0, k, y, yo, ystep):
-    "y[r][0:16] = sum_k a[k][r] b0[k] for 12 rows."
-    acc = _gemm(e, a, ao, 12, 12, [(b, b0)], k)
-    for r in range(12): e.store(acc[r], y, e.add(yo, e.mul(ystep, r)))
+def _slim(e, w, a, ao, astep, b, bo, k, y, yo, ystep):
+    "y[row][lane] = sum_k a[block][k][row] b[k][lane] for all blocks of rows and one panel."
+    acc = _product(e, w.rows, a, [e.add(ao, e.mul(astep, i)) for i in range(w.blocks)], b, [bo], k)
+    for r, v in enumerate(acc): e.store(v, y, e.add(yo, e.mul(ystep, r)))
 
 # %% ../../nbs/10_kernels/26_gemm.ipynb #1cd30f6a
-def _out_lanes(e, acc, panels, s, b, so, y, yo, ystep):
-    "Outputs in lanes: one scale and bias per lane."
-    for j in range(panels):
-        sv, bv = e.load(s, e.add(so, 16*j)), e.load(b, e.add(so, 16*j))
-        for r in range(12): e.store(e.fma(acc[panels*r + j], sv, bv), y, e.add(e.add(yo, 16*j), e.mul(ystep, r)))
+@simd
+def _full_lanes(e, w, a, ao, b, bo, bstep, k, s, bias, so, y, yo, ystep):
+    "_full, scaled and biased per lane."
+    acc, P = _product(e, w.rows, a, [ao], b, _panels(e, w, bo, bstep), k), w.panels
+    for j in range(P):
+        o = e.lanes*j
+        sv, bv = e.load(s, e.add(so, o)), e.load(bias, e.add(so, o))
+        for r in range(w.rows): e.store(e.fma(acc[P*r + j], sv, bv), y, e.add(e.add(yo, o), e.mul(ystep, r)))
 
 @simd
-def _gemm12x2_lanes(e, a, ao, b, b0, b1, k, s, bias, so, y, yo, ystep):
-    "_gemm12x2, scaled and biased per lane."
-    _out_lanes(e, _gemm(e, a, ao, 12, 12, [(b, b0), (b, b1)], k), 2, s, bias, so, y, yo, ystep)
-
-@simd
-def _gemm12x2_rows(e, a, ao, b, b0, b1, k, s, bias, so, y, yo, ystep):
-    "_gemm12x2, scaled and biased per row."
-    acc = _gemm(e, a, ao, 12, 12, [(b, b0), (b, b1)], k)
-    for r in range(12):
+def _full_rows(e, w, a, ao, b, bo, bstep, k, s, bias, so, y, yo, ystep):
+    "_full, scaled and biased per row."
+    acc, P = _product(e, w.rows, a, [ao], b, _panels(e, w, bo, bstep), k), w.panels
+    for r in range(w.rows):
         sv, bv = e.splat(e.scalar(s, e.add(so, r))), e.splat(e.scalar(bias, e.add(so, r)))
-        for j in range(2): e.store(e.fma(acc[2*r + j], sv, bv), y, e.add(e.add(yo, 16*j), e.mul(ystep, r)))
+        for j in range(P):
+            e.store(e.fma(acc[P*r + j], sv, bv), y, e.add(e.add(yo, e.lanes*j), e.mul(ystep, r)))
 
 # %% ../../nbs/10_kernels/26_gemm.ipynb #37d21e11
-def _f32_decode(rows):
-    def decode8(e, books, codes, rowstep, groups, out):
-        M = len(books)
+def _turned(e, rows, use=None):
+    "Rows of n numbers as columns: (k, first row, vector), in the order in which they may be written."
+    n, count = rows[0].type.count, len(rows)
+    if n//2 < count <= n:
+        for k, v in enumerate(_transpose(e, rows + [rows[0]]*(n - count))[:use]): yield k, 0, v
+        return
+    for r in range(0, count, 4):
+        for i, v in enumerate(_transpose4(e, rows[r:r + 4])):
+            for q in range(0, n, 4): yield i + q, r, v if n == 4 else e.shuffle(v, v, list(range(q, q + 4)))
+
+def _decode8(name, rows_of):
+    "An emitter: groups of 8 inputs of some outputs, as [input][outputs]."
+    def decode8(e, w, books, codes, first, rowstep, groups, out, to):
+        M, rows, lanes = len(books), rows_of(w), min(8, e.lanes)
         def group(j, _):
-            vs = []
-            for r in range(rows):
-                t = None
-                for m in range(M):
-                    code = e.b.sext(e.scalar(codes, e.add(e.mul(rowstep, r), e.add(e.mul(j, M), m))), _I64)
-                    w = e.load(books[m], e.mul(code, 8), 8)
-                    t = w if t is None else e.b.fadd(t, w)
-                vs.append(e.shuffle(t, t, list(range(8))*2))
-            for i, v in enumerate(_transpose(e, vs + [vs[0]]*(16 - rows))[:8]):
-                e.store(v, out, e.add(e.mul(j, 8*rows), rows*i))
+            at, here = e.add(first, e.mul(j, M)), e.add(to, e.mul(j, 8*rows))
+            words = [_word(e, books, codes, e.add(at, e.mul(rowstep, r)), 8, range(0, 8, lanes), lanes)
+                     for r in range(rows)]
+            for i in range(8//lanes):
+                part = [v[i] if e.lanes <= 8 else e.shuffle(v[i], v[i], list(range(8))*2) for v in words]
+                for k, r, v in _turned(e, part, lanes): e.store(v, out, e.add(here, rows*(i*lanes + k) + r))
             return []
         e.loop(groups, [], group)
-    decode8.__name__ = f'decode8x{rows}'
+    decode8.__name__ = name
     return simd(decode8)
 
-_decode8x16, _decode8x12 = _f32_decode(16), _f32_decode(12)
+# %% ../../nbs/10_kernels/26_gemm.ipynb #a3d1072b
+_decode_panel, _decode_block = _decode8('_decode_panel', lambda w: w.lanes), _decode8('_decode_block',
+                                                            lambda w: w.rows)
 
 @simd
-def _pack12(e, x, offs, k16, out, at):
-    "12 rows of x as [k][12], sixteen k at a time; each store's surplus is overwritten by the next."
-    starts = [e.scalar(offs, r) for r in range(12)]
+def _pack(e, w, x, offs, runs, out, at):
+    "Rows of x as [k][row], a vector of k at a time; a store's surplus is overwritten by the next."
+    starts = [e.scalar(offs, r) for r in range(w.rows)]
     def run(k, _):
-        rows = [e.load(x, e.add(s, e.mul(k, 16))) for s in starts]
-        for i, v in enumerate(_transpose(e, rows + [rows[0]]*4)): e.store(v, out, e.add(at, e.add(e.mul(k, 192), 12*i)))
+        rows, to = [e.load(x, e.add(s, e.mul(k, e.lanes))) for s in starts], e.add(at,
+                                                            e.mul(k, e.lanes*w.rows))
+        for i, r, v in _turned(e, rows): e.store(v, out, e.add(to, w.rows*i + r))
         return []
-    e.loop(k16, [], run)
+    e.loop(runs, [], run)
 
 # %% ../../nbs/10_kernels/26_gemm.ipynb #a71017ea
 @_jit
-def _line_in(lo, hi, worker, x, offs, A, astep):
-    T, N, flat, o = x.shape[0], x.shape[1], x.reshape(-1), offs[worker]
+def _line_in(lo, hi, worker, w, x, offs, A, astep):
+    "Blocks lo..hi-1 of rows of x [T, N]."
+    T, N, flat, o, R = x.shape[0], x.shape[1], x.reshape(-1), offs[worker], w.rows
+    whole = N//w.lanes
     for b in range(lo, hi):
-        for r in range(12): o[r] = min(12*b + r, T - 1)*N
-        if N >= 16: _pack12(flat, o, N//16, A, b*astep)
-        for k in range(N//16*16, N):
-            for r in range(12): A[b*astep + 12*k + r] = flat[o[r] + k]
+        for r in range(R): o[r] = min(R*b + r, T - 1)*N
+        if whole: _pack(w, flat, o, whole, A, b*astep)
+        for k in range(whole*w.lanes, N):
+            for r in range(R): A[b*astep + R*k + r] = flat[o[r] + k]
 
 @_jit
-def _line_out(lo, hi, worker, low, high, bits, J, books, scales, bias, codes, panels, A, astep, tiles, y):
-    "32 outputs at a time: decode two panels [k][16], multiply with every block of 12 tokens."
-    M, T, O = len(books), y.shape[0], y.shape[1]
-    c, w, tile, N, flat = codes[worker], panels[worker], tiles[worker], 8*J, y.reshape(-1)
-    for block in range(lo, hi):
-        o0 = 32*block
-        two = O - o0 > 16
-        for h in range(2 if two else 1):
-            for r in range(16): _unpack_range(low, high, bits, min(o0 + 16*h + r, O - 1)*J*M, J*M, c[r*J*M:], True)
-            _decode8x16(books, c, J*M, J, w[h*N*16:])
-        live = min(32, O - o0)
-        for b in range((T + 11)//12):
-            if live == 32 and 12*b + 12 <= T:
-                _gemm12x2_lanes(A, b*astep, w, 0, N*16, N, scales, bias, o0, flat, 12*b*O + o0, O)
+def _line_edge(tile, rows, wide, scales, bias, t0, o0, y):
+    "A tile of sums, scaled and biased, where it lies inside y."
+    for t in range(t0, min(t0 + rows, y.shape[0])):
+        for r in range(min(wide, y.shape[1] - o0)):
+            y[t, o0 + r] = tile[(t - t0)*wide + r]*scales[o0 + r] + bias[o0 + r]
+
+# %% ../../nbs/10_kernels/26_gemm.ipynb #119dab87
+@_jit
+def _line_out(lo, hi, worker, w, s, room, A, astep, y):
+    "All panels of outputs at a time: decode them, multiply with every block of tokens."
+    codes, panels, tiles = room
+    c, b, tile, T, O, N = codes[worker], panels[worker], tiles[worker], y.shape[0], y.shape[1], 8*s.J
+    L, R, flat, books, scales, bias = w.lanes, w.rows, y.reshape(-1), s.books, s.scales, s.bias
+    wide, tall, size = L*w.panels, R*w.blocks, s.codes.size
+    for o0 in range(lo*wide, min(hi*wide, O), wide):
+        live = min(wide, O - o0)
+        used = (live + L - 1)//L
+        for h in range(used):
+            _rows(s.codes, o0 + h*L, L, O, c)
+            _decode_panel(w, books, c, 0, size, s.J, b, h*N*L)
+        for t0 in range(0, T, tall):
+            if used < w.panels:
+                for h in range(used): _slim(w, A, t0//R*astep, astep, b, h*N*L, N, tile, h*L, wide)
+                _line_edge(tile, tall, wide, scales, bias, t0, o0, y)
                 continue
-            if two: _gemm12x2(A, b*astep, w, 0, N*16, N, tile, 0, 32)
-            else: _gemm12x1(A, b*astep, w, 0, N, tile, 0, 32)
-            for t in range(min(12, T - 12*b)):
-                for r in range(live): y[12*b + t, o0 + r] = tile[32*t + r]*scales[o0 + r] + bias[o0 + r]
+            for t in range(t0, min(t0 + tall, T), R):
+                if live == wide and t + R <= T:
+                    _full_lanes(w, A, t//R*astep, b, 0, N*L, N, scales, bias, o0, flat, t*O + o0, O)
+                else:
+                    _full(w, A, t//R*astep, b, 0, N*L, N, tile, 0, wide)
+                    _line_edge(tile, R, wide, scales, bias, t, o0, y)
 
 # %% ../../nbs/10_kernels/26_gemm.ipynb #6d5f5a29
 def linear_gemm(
@@ -127,56 +157,68 @@ def linear_gemm(
     x:np.ndarray, # float32 [T, N], C-contiguous
     y:np.ndarray, # float32 [T, O] to write to
 ):
-    "Matrix product in which the weight exists 32 rows at a time."
+    "Matrix product in which the weight exists a few rows at a time."
     check_call(p, x, y, 8, 1)
     T, N = x.shape
-    t, books = torch.get_num_threads(), p.table('f32x8', lambda b: b.astype(np.float32))
-    astep, blocks = 12*N + 16, -(-T//12)
+    t, w, s = torch.get_num_threads(), width(), p.stored(p.table('f32/8', lambda b: b.astype(np.float32)))
+    wide, tall, astep = w.lanes*w.panels, w.rows*w.blocks, w.rows*N + 16
+    blocks = -(-T//tall)*w.blocks
     A = scratch('A', (blocks*astep,))
-    run_threads(_line_in, blocks, x, np.empty((t, 12), np.int64), A, astep)
-    codes, panels, tiles = scratch('codes', (t, 16*p.J*p.M + 16), np.int16), scratch('panels', (t, 32*N)), scratch('tiles', (t, 384))
-    run_threads(_line_out, -(-p.O//32), p.low, p.high, p.bits, p.J, books, p.scales, p.bias, codes, panels, A, astep, tiles, y)
+    run_threads(_line_in, blocks, w, x, np.empty((t, w.rows), np.int64), A, astep)
+    room = (scratch('codes', (t, w.lanes*p.J*p.M + 16), np.int16), scratch('panels', (t, wide*N + 16)),
+            scratch('tiles', (t, tall*wide)))
+    run_threads(_line_out, -(-p.O//wide), w, s, room, A, astep, y)
     return y
 
 # %% ../../nbs/10_kernels/26_gemm.ipynb #d5841f71
 @simd
-def _copy16(e, a, at, b, to): e.store(e.load(a, at), b, to)
+def _copy(e, w, a, at, b, to): e.store(e.load(a, at), b, to)
 
 @_jit
-def _pix_in(lo, hi, worker, x, V, quads):
-    "Channels lo..hi-1 of x [B, I, P] as panels of 16 pixels [image][quad of pixels][channel][16]."
+def _pix_in(lo, hi, worker, w, x, V, panels):
+    "Channels lo..hi-1 of x [B, I, P] as panels of pixels [image][panel][channel][lanes]."
     B, I, P = x.shape
-    flat = x.reshape(-1)
+    flat, L = x.reshape(-1), w.lanes
     for c in range(lo, hi):
         for n in range(B):
-            for q in range(quads):
-                at = ((n*quads + q)*I + c)*16
-                if 16*q + 16 <= P: _copy16(flat, (n*I + c)*P + 16*q, V, at)
+            for q in range(panels):
+                at = ((n*panels + q)*I + c)*L
+                if L*q + L <= P: _copy(w, flat, (n*I + c)*P + L*q, V, at)
                 else:
-                    for i in range(16): V[at + i] = x[n, c, 16*q + i] if 16*q + i < P else np.float32(0)
+                    for i in range(L): V[at + i] = x[n, c, L*q + i] if L*q + i < P else np.float32(0)
 
 @_jit
-def _pix_out(lo, hi, worker, low, high, bits, J, books, scales, bias, codes, U, V, quads, tiles, y):
-    "12 outputs at a time over all pixels."
-    M, B, O, P, I = len(books), y.shape[0], y.shape[1], y.shape[2], 8*J
-    c, u, tile, flat = codes[worker], U[worker], tiles[worker], y.reshape(-1)
-    for block in range(lo, hi):
-        o0 = 12*block
-        live = min(12, O - o0)
-        for r in range(12): _unpack_range(low, high, bits, min(o0 + r, O - 1)*J*M, J*M, c[r*J*M:], True)
-        _decode8x12(books, c, J*M, J, u)
+def _pix_edge(tile, rows, wide, scales, bias, n, o0, p0, y):
+    "A tile of sums, scaled and biased, where it lies inside y."
+    for o in range(o0, min(o0 + rows, y.shape[1])):
+        for i in range(min(wide, y.shape[2] - p0)):
+            y[n, o, p0 + i] = tile[(o - o0)*wide + i]*scales[o] + bias[o]
+
+# %% ../../nbs/10_kernels/26_gemm.ipynb #463702f0
+@_jit
+def _pix_out(lo, hi, worker, w, s, room, V, panels, y):
+    "A few outputs at a time over all pixels."
+    codes, blocks, tiles = room
+    (B, O, P), I, size, books, scales, bias = y.shape, 8*s.J, s.codes.size, s.books, s.scales, s.bias
+    c, u, tile, flat, L, R = codes[worker], blocks[worker], tiles[worker], y.reshape(-1), w.lanes, w.rows
+    wide, tall, ustep = L*w.panels, R*w.blocks, R*I + 16
+    for o0 in range(lo*tall, min(hi*tall, O), tall):
+        _rows(s.codes, o0, tall, O, c)
+        for b in range(w.blocks): _decode_block(w, books, c, b*R*size, size, s.J, u, b*ustep)
         for n in range(B):
-            for q in range(0, quads, 2):
-                at = (n*quads + q)*I*16
-                if live == 12 and 16*q + 32 <= P:
-                    _gemm12x2_rows(u, 0, V, at, at + I*16, I, scales, bias, o0, flat, (n*O + o0)*P + 16*q, P)
+            for q in range(0, panels, w.panels):
+                at, p0 = (n*panels + q)*I*L, q*L
+                if q + w.panels > panels:
+                    for j in range(panels - q): _slim(w, u, 0, ustep, V, at + j*I*L, I, tile, j*L, wide)
+                    _pix_edge(tile, tall, wide, scales, bias, n, o0, p0, y)
                     continue
-                if q + 1 < quads: _gemm12x2(u, 0, V, at, at + I*16, I, tile, 0, 32)
-                else: _gemm12x1(u, 0, V, at, I, tile, 0, 32)
-                many = min(32, P - 16*q)
-                for r in range(live):
-                    s, b = scales[o0 + r], bias[o0 + r]
-                    for i in range(many): y[n, o0 + r, 16*q + i] = tile[32*r + i]*s + b
+                for b in range(min(w.blocks, (O - o0 + R - 1)//R)):
+                    o = o0 + b*R
+                    if o + R <= O and p0 + wide <= P:
+                        _full_rows(w, u, b*ustep, V, at, I*L, I, scales, bias, o, flat, (n*O + o)*P + p0, P)
+                    else:
+                        _full(w, u, b*ustep, V, at, I*L, I, tile, 0, wide)
+                        _pix_edge(tile, R, wide, scales, bias, n, o, p0, y)
 
 # %% ../../nbs/10_kernels/26_gemm.ipynb #55a9fa1c
 def conv1x1_gemm(
@@ -184,53 +226,60 @@ def conv1x1_gemm(
     x:np.ndarray, # float32 [B, I, H, W], C-contiguous
     y:np.ndarray, # float32 [B, O, H, W] to write to
 ):
-    "1x1 convolution in which the weight exists 12 rows at a time."
+    "1x1 convolution in which the weight exists a few rows at a time."
     check_call(p, x, y, 8, 1)
-    B, I = x.shape[:2]
-    t, books, P = torch.get_num_threads(), p.table('f32x8', lambda b: b.astype(np.float32)), x.shape[2]*x.shape[3]
-    quads = -(-P//16)
-    V = scratch('V', (B*quads*I*16,))
-    run_threads(_pix_in, I, x.reshape(B, I, P), V, quads)
-    codes, U, tiles = scratch('codes', (t, 12*p.J*p.M + 16), np.int16), scratch('U', (t, 12*I + 16)), scratch('tiles', (t, 384))
-    run_threads(_pix_out, -(-p.O//12), p.low, p.high, p.bits, p.J, books, p.scales, p.bias, codes, U, V, quads, tiles, y.reshape(B, p.O, P))
+    B, I, P = *x.shape[:2], x.shape[2]*x.shape[3]
+    t, w, s = torch.get_num_threads(), width(), p.stored(p.table('f32/8', lambda b: b.astype(np.float32)))
+    panels, tall = -(-P//w.lanes), w.rows*w.blocks
+    V = scratch('V', (B*panels*I*w.lanes,))
+    run_threads(_pix_in, I, w, x.reshape(B, I, P), V, panels)
+    room = (scratch('codes', (t, tall*p.J*p.M + 16), np.int16), scratch('U', (t, w.blocks*(w.rows*I + 16))),
+            scratch('tiles', (t, tall*w.lanes*w.panels)))
+    run_threads(_pix_out, -(-p.O//tall), w, s, room, V, panels, y.reshape(B, p.O, P))
     return y
 
 # %% ../../nbs/10_kernels/26_gemm.ipynb #d3e384d1
-def _few(e, books, codes, rowstep, groups, xs, out, rows):
-    M = len(books)
-    def group(j, acc):
-        new, x = list(acc), [e.load(p, e.mul(j, 8), 8) for p in xs]
-        for r in range(rows):
-            t = None
-            for m in range(M):
-                code = e.b.sext(e.scalar(codes, e.add(e.mul(rowstep, r), e.add(e.mul(j, M), m))), _I64)
-                w = e.load(books[m], e.mul(code, 8), 8)
-                t = w if t is None else e.b.fadd(t, w)
-            for k in range(len(xs)): new[r*len(xs) + k] = e.fma(t, x[k], acc[r*len(xs) + k])
-        return new
-    acc = e.loop(groups, [e.zero(lanes=8)]*(rows*len(xs)), group)
-    for i, v in enumerate(acc): e.store(v, out, 8*i)
+def _sum_lanes(e, v):
+    "The sum of a vector's lanes, halves onto halves."
+    while (n := v.type.count//2):
+        v = e.b.fadd(e.shuffle(v, v, list(range(n))), e.shuffle(v, v, list(range(n, 2*n))))
+    return e.b.extract_element(v, _I32(0))
 
-@simd
-def _few4(e, books, codes, rowstep, groups, xs, out): _few(e, books, codes, rowstep, groups, xs, out, 4)
-@simd
-def _few2(e, books, codes, rowstep, groups, xs, out): _few(e, books, codes, rowstep, groups, xs, out, 2)
+def _few(rows):
+    "An emitter: `rows` outputs of all tokens; table rows go straight into the multiply-add."
+    def few(e, w, books, codes, first, rowstep, groups, xs, out):
+        M, lanes, T = len(books), min(8, e.lanes), len(xs)
+        def group(j, acc):
+            acc, starts = list(acc), range(0, 8, lanes)
+            x = [[e.load(p, e.add(e.mul(j, 8), o), lanes) for p in xs] for o in starts]
+            for r in range(rows):
+                code = e.add(e.add(first, e.mul(rowstep, r)), e.mul(j, M))
+                for i, v in enumerate(_word(e, books, codes, code, 8, starts, lanes)):
+                    for k in range(T): acc[r*T + k] = e.fma(v, x[i][k], acc[r*T + k])
+            return acc
+        for i, v in enumerate(e.loop(groups, [e.zero(lanes=lanes)]*(rows*T), group)):
+            e.b.store(_sum_lanes(e, v), e.at(out, i))
+    few.__name__ = f'_few{rows}'
+    return simd(few)
+
+# %% ../../nbs/10_kernels/26_gemm.ipynb #e6b739f3
+_few4, _few2, _few1 = _few(4), _few(2), _few(1)
 
 @_jit
-def _few_out(lo, hi, worker, low, high, bits, J, books, scales, bias, codes, xs, parts, y):
-    "Rows in fours (twos from 5 tokens on): look up, multiply, add; nothing decoded is ever stored."
-    M, T, O, X = len(books), y.shape[0], y.shape[1], len(xs)
-    c, part, R = codes[worker], parts[worker], (4 if len(xs) <= 4 else 2)
-    for block in range(lo, hi):
-        o0 = 4*block
-        for r in range(4): _unpack_range(low, high, bits, min(o0 + r, O - 1)*J*M, J*M, c[r*J*M:], True)
+def _few_out(lo, hi, worker, w, s, codes, xs, parts, y):
+    "Four rows at a time: look up, multiply, add; nothing decoded is ever stored."
+    T, O, X, J, size = y.shape[0], y.shape[1], len(xs), s.J, s.codes.size
+    c, part, most = codes[worker], parts[worker], w.rows*w.panels//len(xs)
+    books, scales, bias = s.books, s.scales, s.bias
+    R = 4 if most >= 4 else 2 if most >= 2 else 1
+    for o0 in range(4*lo, min(4*hi, O), 4):
+        _rows(s.codes, o0, 4, O, c)
         for r0 in range(0, 4, R):
-            if R == 4: _few4(books, c, J*M, J, xs, part)
-            else: _few2(books, c[r0*J*M:], J*M, J, xs, part)
-            for r in range(min(R, O - o0 - r0)):
-                for t in range(T):
-                    v = part[8*(r*X + t):8*(r*X + t) + 8]
-                    y[t, o0 + r0 + r] = (((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7])))*scales[o0 + r0 + r] + bias[o0 + r0 + r]
+            if R == 4: _few4(w, books, c, 0, size, J, xs, part)
+            elif R == 2: _few2(w, books, c, r0*size, size, J, xs, part)
+            else: _few1(w, books, c, r0*size, size, J, xs, part)
+            for o in range(o0 + r0, min(o0 + r0 + R, O)):
+                for t in range(T): y[t, o] = part[(o - o0 - r0)*X + t]*scales[o] + bias[o]
 
 # %% ../../nbs/10_kernels/26_gemm.ipynb #e5eece16
 def linear_few(
@@ -240,9 +289,10 @@ def linear_few(
 ):
     "Matrix product for at most 8 tokens, bound by reading codes and tables."
     check_call(p, x, y, 8, 1)
+    if len(x) > 8: raise ValueError(f'layer {p.name!r}: {len(x)} tokens, at most 8; use linear_gemm')
     T, t = len(x), torch.get_num_threads()
-    books, X = p.table('f32x8', lambda b: b.astype(np.float32)), next(n for n in (1, 2, 4, 8) if n >= T)
+    s, X = p.stored(p.table('f32/8', lambda b: b.astype(np.float32))), next(n for n in (1, 2, 4, 8) if n >= T)
     xs = tuple(x[min(i, T - 1)] for i in range(X))
-    codes, parts = scratch('codes', (t, 4*p.J*p.M + 16), np.int16), scratch('parts', (t, 128))
-    run_threads(_few_out, -(-p.O//4), p.low, p.high, p.bits, p.J, books, p.scales, p.bias, codes, xs, parts, y)
+    codes, parts = scratch('codes', (t, 4*p.J*p.M + 16), np.int16), scratch('parts', (t, 32))
+    run_threads(_few_out, -(-p.O//4), width(), s, codes, xs, parts, y)
     return y

@@ -15,10 +15,11 @@ from .simd import _jit, run_threads, scratch
 # %% ../../nbs/10_kernels/29_lut.ipynb #e5b5bc35
 @_jit
 def _lut(lo, hi, worker, z, books, codes, scales, bias, lut, y):
-    "Lanes lo..hi-1 of y [O, P]: for every group the responses of all codewords, then one addition per output."
+    "Lanes lo..hi-1 of y [O, P]: the responses of all codewords of a group, then one addition per output."
     J, d, M, K, O = z.shape[0], z.shape[1], books.shape[0], books.shape[1], y.shape[0]
     t = lut[worker]
-    for a in range(lo, hi, 64):   # slices everywhere: index sums might be negative to the compiler, which then does not vectorize
+    for a in range(lo, hi,
+                   64):   # slices: sums of indices would not vectorize
         n = min(64, hi - a)
         for o in range(O): y[o, a:a + n] = 0
         for j in range(J):
@@ -45,5 +46,6 @@ def lut_product(
     codes = np.empty(n, np.int16)
     _unpack_range(p.low, p.high, p.bits, 0, n, codes, False)
     y = np.empty((p.O, z.shape[2]), np.float32)
-    run_threads(_lut, z.shape[2], z, p.books.astype(np.float32), codes.reshape(p.O, p.J, p.M), p.scales, p.bias, scratch('lut', (t, p.books.shape[1], 64)), y, unit=64)
+    run_threads(_lut, z.shape[2], z, p.books.astype(np.float32), codes.reshape(p.O, p.J, p.M), p.scales,
+                p.bias, scratch('lut', (t, p.books.shape[1], 64)), y, unit=64)
     return y

@@ -30,7 +30,7 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.core.imputils import lower_getattr_generic
 from numba.core.typing.templates import AttributeTemplate, infer_getattr
-from numba.extending import NativeValue, intrinsic, models, register_model, typeof_impl, unbox
+from numba.extending import NativeValue, intrinsic, models, register_model, unbox
 
 # %% ../../nbs/10_kernels/24_simd.ipynb #b33a116d
 @dataclasses.dataclass(frozen=True)
@@ -43,8 +43,13 @@ class Width:
     blocks:int  # blocks of rows that are decoded together
     dot:str     # instruction of the 8-bit dot product; '' where there is none
 
-_NEEDS = dict(avx512={'avx512f', 'avx512bw', 'avx512vl', 'avx512dq'}, avx2={'avx2', 'fma'}, neon={'neon'}, sse=set(), portable=set())
-_BLOCKS = dict(avx512=(16, 12, 2, 1), avx2=(8, 4, 3, 3), neon=(4, 8, 3, 2), sse=(4, 4, 2, 3), portable=(4, 4, 2, 3))
+    @functools.cached_property
+    def _numba_type_(self): return WidthType(self)   # where numba looks first
+
+_NEEDS = dict(avx512={'avx512f', 'avx512bw', 'avx512vl', 'avx512dq'}, avx2={'avx2', 'fma'}, neon={'neon'},
+              sse=set(), portable=set())
+_BLOCKS = dict(avx512=(16, 12, 2, 1), avx2=(8, 4, 3, 3), neon=(4, 8, 3, 2), sse=(4, 4, 2, 3),
+               portable=(4, 4, 2, 3))
 _DOTS = dict(avx512=dict(vpdpbusd512={'avx512vnni'}, vpmaddwd=set()),
              avx2=dict(vpdpbusd256={'avxvnni'}, vpmaddwd=set()),
              neon=dict(sdot={'dotprod'}), sse=dict(vpmaddwd=set()), portable={})
@@ -63,7 +68,8 @@ def dots(
 )->list:           # the best first
     "The 8-bit dot products that a width can use."
     has = cpu_features() if features is None else set(features)
-    if {'avx512vnni', 'avx512vl'} <= has: has = has | {'avxvnni'}   # the same 256-bit instruction, encoded otherwise
+    if {'avx512vnni', 'avx512vl'} <= has:
+        has = has | {'avxvnni'}   # the same 256-bit instruction, encoded otherwise
     return [d for d, needs in _DOTS[name].items() if needs <= has]
 
 @functools.cache
@@ -87,13 +93,17 @@ def _named(name, asked_by, dot=None):
 # %% ../../nbs/10_kernels/24_simd.ipynb #c2684e97
 _forced = threading.local()
 
-def width()->Width: # a narrower one when forced, else the widest that there is
-    "The width in use here and now."
-    forced = getattr(_forced, 'width', None)
-    if forced is not None: return forced
+@functools.cache
+def _usual():
+    "What the environment asks for when it is first needed, else the widest."
     asked = os.environ.get('AQUATIC_SIMD', '')
     if asked in ('', '1'): return next(iter(widths().values()))
     return _named('portable' if asked == '0' else asked, 'AQUATIC_SIMD')
+
+def width()->Width: # a narrower one when forced, else the widest that there is
+    "The width in use here and now."
+    forced = getattr(_forced, 'width', None)
+    return _usual() if forced is None else forced
 
 @contextlib.contextmanager
 def use_width(
@@ -129,7 +139,8 @@ class Emit:
         "`lanes` consecutive elements at element offset `off`; no alignment is assumed."
         kind = ir.VectorType(ptr.type.pointee, lanes or self.lanes)
         return self.b.load(self.b.bitcast(self.at(ptr, off), kind.as_pointer()), align=1)
-    def store(self, v, ptr, off): self.b.store(v, self.b.bitcast(self.at(ptr, off), v.type.as_pointer()), align=1)
+    def store(self, v, ptr, off):
+        self.b.store(v, self.b.bitcast(self.at(ptr, off), v.type.as_pointer()), align=1)
     def scalar(self, ptr, off):
         kind = ptr.type.pointee
         return self.b.load(self.at(ptr, off), align=kind.width//8 if isinstance(kind, ir.IntType) else 4)
@@ -139,7 +150,8 @@ class Emit:
         lanes = lanes or self.lanes
         v = self.b.insert_element(ir.Constant(ir.VectorType(s.type, lanes), ir.Undefined), s, _I32(0))
         return self.shuffle(v, v, [0]*lanes)
-    def const(self, v, lanes=None): return ir.Constant(ir.VectorType(_F32, lanes or self.lanes), [float(v)]*(lanes or self.lanes))
+    def const(self, v, lanes=None):
+        return ir.Constant(ir.VectorType(_F32, lanes or self.lanes), [float(v)]*(lanes or self.lanes))
     def zero(self, kind=_F32, lanes=None):
         lanes = lanes or self.lanes
         return ir.Constant(ir.VectorType(kind, lanes), [0.0 if kind == _F32 else 0]*lanes)
@@ -158,7 +170,7 @@ def fma(self:Emit, a, b, c):
 
 @patch
 def loop(self:Emit, count, carried, body):
-    "Run `carried = body(k, carried)` for k = 0..count-1 (count >= 1), all in registers; return the last `carried`."
+    "Run `carried = body(k, carried)` for k = 0..count-1 (count >= 1), in registers; return the last one."
     start, inside, after = self.b.block, self.b.append_basic_block(), self.b.append_basic_block()
     self.b.branch(inside); self.b.position_at_end(inside)
     k, phis = self.b.phi(_I64), [self.b.phi(c.type) for c in carried]
@@ -182,12 +194,14 @@ class WidthType(types.Opaque):
     def __init__(self, width):
         self.width = width
         super().__init__(name=f'{width} {self.sources}')
+    def __reduce__(self): return _thawed, (self.sources, *dataclasses.astuple(self.width))
 
-_type_of = functools.cache(WidthType)
+def _thawed(sources, *numbers):
+    "The type again that numba finds in a file of its own; one of other sources is never met again."
+    known = sources == WidthType.sources
+    return WidthType(Width(*numbers)) if known else types.Opaque(f'{numbers} {sources}')
+
 register_model(WidthType)(models.OpaqueModel)
-
-@typeof_impl.register(Width)
-def _typeof(value, context): return _type_of(value)
 
 @unbox(WidthType)
 def _unbox(kind, obj, c): return NativeValue(c.context.get_dummy_value())
@@ -199,7 +213,8 @@ class _Numbers(AttributeTemplate):
     def generic_resolve(self, kind, name): return types.int64
 
 @lower_getattr_generic(WidthType)
-def _number(context, builder, kind, value, name): return context.get_constant(types.int64, getattr(kind.width, name))
+def _number(context, builder, kind, value, name):
+    return context.get_constant(types.int64, getattr(kind.width, name))
 
 # %% ../../nbs/10_kernels/24_simd.ipynb #279055c0
 def _lower(context, builder, kind, value):
@@ -207,7 +222,8 @@ def _lower(context, builder, kind, value):
     if isinstance(kind, WidthType): return kind.width
     if isinstance(kind, types.Array): return cgutils.create_struct_proxy(kind)(context, builder, value).data
     if isinstance(kind, types.UniTuple):
-        return [_lower(context, builder, kind.dtype, builder.extract_value(value, i)) for i in range(kind.count)]
+        return [_lower(context, builder, kind.dtype, builder.extract_value(value, i))
+                for i in range(kind.count)]
     if isinstance(kind, types.Integer): return context.cast(builder, value, kind, types.int64)
     return value
 
@@ -231,7 +247,8 @@ def simd(
     return intrinsic(call)
 
 # %% ../../nbs/10_kernels/24_simd.ipynb #8c3d02d0
-TARGETS = dict(avx512=('x86_64-unknown-linux-gnu', 'skylake-avx512'), avx2=('x86_64-unknown-linux-gnu', 'haswell'),
+TARGETS = dict(avx512=('x86_64-unknown-linux-gnu', 'skylake-avx512'),
+               avx2=('x86_64-unknown-linux-gnu', 'haswell'),
                sse=('x86_64-unknown-linux-gnu', 'x86-64'), neon=('aarch64-unknown-linux-gnu', 'neoverse-n1'))
 
 def assembly(
@@ -246,7 +263,8 @@ def assembly(
     module, w = ir.Module(), Width(width, *_BLOCKS[width], '')
     f = ir.Function(module, ir.FunctionType(ir.VoidType(), [k for k, n in plan for _ in range(n or 1)]), name)
     builder, given = ir.IRBuilder(f.append_basic_block()), iter(f.args)
-    _emitters[name](Emit(builder, w.lanes), w, *[[next(given) for _ in range(n)] if n else next(given) for _, n in plan])
+    _emitters[name](Emit(builder, w.lanes), w, *[[next(given) for _ in range(n)] if n else next(given) for _,
+                                                 n in plan])
     builder.ret_void()
     triple, cpu = TARGETS[width]
     module.triple = triple
@@ -286,7 +304,8 @@ def _jit(f):
     "Compile without the interpreter lock; keep the result on disk where there is a place for it."
     options = dict(nogil=True, error_model='numpy')
     try: return njit(cache=True, **options)(f)
-    except RuntimeError: return njit(**options)(f)   # no writable folder beside the module or in the home directory
+    except RuntimeError:
+        return njit(**options)(f)   # no writable folder beside the module or in the home directory
 
 # %% ../../nbs/10_kernels/24_simd.ipynb #4354e98e
 _pools, _lock, _home = {}, threading.Lock(), os.getpid()
@@ -300,10 +319,11 @@ def _pool(n):
 
 @functools.cache
 def _team():
-    "The OpenMP runtime that torch brought along, or None: its threads are awake when torch has just used them."
+    "The OpenMP runtime of torch, or None: its threads are awake when torch has just used them."
     try: lib = ctypes.CDLL('libgomp.so.1', mode=os.RTLD_NOLOAD | os.RTLD_LAZY)
     except (OSError, AttributeError): return None
-    lib.GOMP_parallel.argtypes, lib.GOMP_parallel.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint), None
+    lib.GOMP_parallel.argtypes, lib.GOMP_parallel.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint,
+                                                            ctypes.c_uint), None
     return lib
 
 def _in_team(lib, piece, t):
@@ -339,6 +359,18 @@ def run_threads(
             for r in rest: r.result()
 
 # %% ../../nbs/10_kernels/24_simd.ipynb #2fcf4a1a
+def _lined(size):
+    "So many bytes from the start of a cache line."
+    raw = np.empty(size + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start:start + size]
+
+def _aligned(a):
+    "A copy of `a` that starts on a cache line."
+    out = _lined(a.nbytes + 64)[:a.nbytes].view(a.dtype).reshape(a.shape)
+    out[...] = a
+    return out
+
 _scratch = threading.local()
 
 def scratch(
@@ -348,16 +380,6 @@ def scratch(
 )->np.ndarray:         # uninitialised, 64-byte aligned, reused by the next call
     "A reused work buffer: fresh pages cost more than the arithmetic on them."
     need = math.prod(shape)*np.dtype(dtype).itemsize
-    old = _scratch.__dict__.get(name)
-    if old is None or old.nbytes < need + 64: old = _scratch.__dict__[name] = np.empty(need + 4160, np.uint8)
-    start = -old.ctypes.data % 64
-    return old[start:start + need].view(dtype).reshape(shape)
-
-# %% ../../nbs/10_kernels/24_simd.ipynb #75e078b1
-def _aligned(a):
-    "A copy of `a` that starts on a cache line."
-    raw = np.empty(a.nbytes + 128, np.uint8)
-    start = -raw.ctypes.data % 64
-    out = raw[start:start + a.nbytes].view(a.dtype).reshape(a.shape)
-    out[...] = a
-    return out
+    held = _scratch.__dict__.get(name)
+    if held is None or len(held) < need: held = _scratch.__dict__[name] = _lined(need + 4096)
+    return held[:need].view(dtype).reshape(shape)

@@ -6,7 +6,7 @@
 __all__ = ['ROLES', 'OpenLayer', 'as_groups', 'gather_sums', 'scatter_sums', 'TunedLayer', 'opened_layers', 'open_layers',
            'close_layers']
 
-# %% ../../nbs/07_tuning/18_tuned.ipynb #216cdf1c
+# %% ../../nbs/07_tuning/18_tuned.ipynb #72fd9587
 import numpy as np
 import torch
 from fastcore.basics import patch
@@ -17,21 +17,21 @@ from ..aq import AQTensor, pack_codes, sum_codewords
 from ..kaq import from_groups, to_groups
 from ..layers import packed_layers, swap
 
-# %% ../../nbs/07_tuning/18_tuned.ipynb #c4ce2acd
+# %% ../../nbs/07_tuning/18_tuned.ipynb #f77d5985
 ROLES = ('codebooks', 'scales', 'dense', 'act', 'codes')
 
 class OpenLayer(nn.Module):
     "A layer opened for tuning: what an optimizer asks of it."
     def roles(self) -> dict: # role -> {name: Parameter}
         "Its trained parameters by role."
-        raise NotImplementedError(f'{type(self).__name__}.roles')
+        raise TypeError(f'{type(self).__name__} does not say what it trains: define roles()')
     def closed(self) -> nn.Module:
         "What takes its place afterwards."
-        raise NotImplementedError(f'{type(self).__name__}.closed')
+        raise TypeError(f'{type(self).__name__} does not say what takes its place: define closed()')
     def pull_grads(self): "Turn gradients of what computes into gradients of what is stored."
     def decode(self): "Make what computes from what is stored."
 
-# %% ../../nbs/07_tuning/18_tuned.ipynb #b6905091
+# %% ../../nbs/07_tuning/18_tuned.ipynb #9f2561db
 def as_groups(
     weight:Tensor,  # dense weight [O, ...]
     group_size:int, # d
@@ -40,6 +40,7 @@ def as_groups(
     if weight[0].numel() % group_size: return to_groups(weight, group_size)
     return weight.reshape(len(weight), -1, group_size)
 
+# %% ../../nbs/07_tuning/18_tuned.ipynb #dc0b45e5
 @njit(nogil=True, fastmath=True, cache=True)
 def _gather_loop(codes, books, scales, out):
     "out[o, j] = scales[o] * sum_m books[m, codes[o, j, m]]."
@@ -61,7 +62,7 @@ def _scatter_loop(codes, grads, scales, out):
                 k = codes[o, j, m]
                 for i in range(grads.shape[2]): out[m, k, i] += scales[o]*grads[o, j, i]
 
-# %% ../../nbs/07_tuning/18_tuned.ipynb #bfd71711
+# %% ../../nbs/07_tuning/18_tuned.ipynb #b8d28582
 def gather_sums(
     codes:Tensor,     # [O, J, M] int32
     codebooks:Tensor, # [M, K, d] float32
@@ -88,7 +89,7 @@ def scatter_sums(
     zeros = X.new_zeros(n_codewords, X.shape[1])
     return torch.stack([zeros.index_add(0, c.flatten().long(), X) for c in codes.unbind(-1)])
 
-# %% ../../nbs/07_tuning/18_tuned.ipynb #6a6388c8
+# %% ../../nbs/07_tuning/18_tuned.ipynb #fb874c07
 class TunedLayer(OpenLayer):
     "A packed layer opened for tuning: a dense weight to compute with, float codebooks and scales to learn."
     def __init__(self,
@@ -102,7 +103,7 @@ class TunedLayer(OpenLayer):
         self.codebooks = nn.Parameter(aq.codebooks.float().clone()) if first is None else first.codebooks
         self.scales = nn.Parameter(aq.scales.float().clone())
         self.weight = nn.Parameter(torch.empty(self.shape, device=aq.scales.device))
-        self.together = [] if first is None else first.together # the layers that hold these codebooks, the leading one first
+        self.together = [] if first is None else first.together # who holds these, the leading one first
         self.together.append(self)
         self.decode()
 
@@ -122,7 +123,7 @@ class TunedLayer(OpenLayer):
 
     def extra_repr(self): return f'{self.shape}, {self.scheme}, opened'
 
-# %% ../../nbs/07_tuning/18_tuned.ipynb #bd4e35f6
+# %% ../../nbs/07_tuning/18_tuned.ipynb #8406060a
 @patch
 def roles(self:TunedLayer) -> dict: # role -> {name: Parameter}
     "Its trained parameters by role; codebooks that layers share are those of the leading one."
@@ -132,6 +133,7 @@ def roles(self:TunedLayer) -> dict: # role -> {name: Parameter}
     if self.act is not None: found['act'] = {'act.scale': self.act.scale, 'act.zero': self.act.zero}
     return found
 
+# %% ../../nbs/07_tuning/18_tuned.ipynb #829f81eb
 @patch
 def books(self:TunedLayer) -> Tensor: # [M, K, d] float32
     "Codebooks as they will be stored."
@@ -153,11 +155,12 @@ def keep_promise(self:TunedLayer):
     self.codebooks.mul_(shrink)
     for layer in self.together: layer.scales.div_(shrink)
 
-# %% ../../nbs/07_tuning/18_tuned.ipynb #5625e522
+# %% ../../nbs/07_tuning/18_tuned.ipynb #b7919dc1
 @patch
 @torch.no_grad()
 def decode(self:TunedLayer):
-    "Write the dense weight that codes, codebooks and scales stand for."
+    "Write the dense weight that codes, codebooks and scales stand for, within what int8 codebooks promise."
+    if self.leads: self.keep_promise()
     self.weight.copy_(from_groups(gather_sums(self.codes, self.books(), self.row_scales()), self.shape))
 
 @patch
@@ -174,6 +177,7 @@ def pull_grads(self:TunedLayer):
     new = scatter_sums(self.codes, G, s, self.scheme.n_codewords)
     self.codebooks.grad = new if self.codebooks.grad is None else self.codebooks.grad + new
 
+# %% ../../nbs/07_tuning/18_tuned.ipynb #aca7a59e
 @patch
 @torch.no_grad()
 def closed(self:TunedLayer) -> nn.Module:
@@ -190,7 +194,7 @@ def to_aq(self:TunedLayer) -> AQTensor: # rounded as stored
     books = self.books().to(torch.int8) if self.scheme.codebook_dtype == 'int8' else self.books().half()
     return AQTensor(self.codes.to(torch.int16), books, self.scales.detach().half(), self.shape, self.scheme)
 
-# %% ../../nbs/07_tuning/18_tuned.ipynb #bff6fa01
+# %% ../../nbs/07_tuning/18_tuned.ipynb #c0e7641b
 def opened_layers(
     model:nn.Module, # any model
 ) -> dict:           # name -> OpenLayer
@@ -202,7 +206,8 @@ def open_layers(
 ) -> nn.Module:      # the model
     "Open every packed layer for tuning."
     packed = packed_layers(model)
-    if not packed: raise ValueError(f'open_layers: {type(model).__name__} has no packed layers; quantize its weights first')
+    kind = type(model).__name__
+    if not packed: raise ValueError(f'open_layers: {kind} has no packed layers; quantize its weights first')
     holders = {}                                    # codebooks -> the layer that leads
     for n, m in packed.items():
         key = id(m if m.codebooks is None else m.codebooks)
