@@ -166,3 +166,12 @@ def test_import_is_cheap():
 def test_bad_gate_is_named():
     res = subprocess.run([sys.executable, root/'tests'/'gates.py', 'no-such-gate'], capture_output=True, text=True)
     assert res.returncode and 'no-such-gate' in res.stderr and 'notebooks' in res.stderr
+
+def test_outputs_name_no_machine():
+    "What a notebook shows is the same on every machine: no warning with the path of an installation, no temporary file."
+    found = []
+    for nb in books:
+        for c in json.loads(nb.read_text(encoding='utf-8'))['cells']:
+            shown = json.dumps([o for o in c.get('outputs', ()) if 'text' in o])
+            if hit := re.search(r'\S*(/site-packages/|/tmp/|/home/|/root/)\S*', shown): found.append(f'{nb.name}: {hit[0][:80]}')
+    assert not found, '\n'.join(found)

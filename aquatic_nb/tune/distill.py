@@ -6,7 +6,7 @@
 __all__ = ['class_walks', 'plain_walks', 'pipeline_walks', 'Teacher', 'Batch', 'walk_batch', 'iid_batch', 'distillation_loss',
            'held_out_loss', 'TuneConfig', 'TooSlow', 'Pace', 'Tuner', 'distill', 'tune_model']
 
-# %% ../../nbs/07_tuning/20_distill.ipynb #dde527da
+# %% ../../nbs/07_tuning/20_distill.ipynb #7b095de2
 import copy
 import inspect
 import json
@@ -15,7 +15,7 @@ import threading
 import time
 import warnings
 from collections.abc import Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -29,7 +29,7 @@ from .layers import close_layers, open_layers, opened_layers
 from ..walk import TIME_NAMES, Call, Recording, answer, as_calls, builtin_prompts, check_prompts
 from ..walk import merge, record, record_walk, steps_of
 
-# %% ../../nbs/07_tuning/20_distill.ipynb #e954f6df
+# %% ../../nbs/07_tuning/20_distill.ipynb #25ac27e8
 def class_walks(
     pipe,                    # a class-conditional pipeline: its class embedding and scheduler
     model:nn.Module,         # the denoiser that walks
@@ -56,7 +56,7 @@ def _drawn(scale, n, gen):
     if not isinstance(scale, (tuple, list)): return scale
     return scale[0] + (scale[1] - scale[0])*torch.rand(n, generator=gen)
 
-# %% ../../nbs/07_tuning/20_distill.ipynb #9e83ee6a
+# %% ../../nbs/07_tuning/20_distill.ipynb #0334b991
 def _own_walk(pipe, model, how, gen, condition, null=None, scale=1.):
     "A walk of ours from fresh noise."
     batch, steps, eta = how
@@ -67,7 +67,7 @@ def _own_walk(pipe, model, how, gen, condition, null=None, scale=1.):
     way = steps_of(copy.deepcopy(pipe.scheduler), batch, steps, gen, eta, seed)
     return record_walk(model, way, noise, condition, null, scale, run=Run(progress=False))
 
-# %% ../../nbs/07_tuning/20_distill.ipynb #4acb018e
+# %% ../../nbs/07_tuning/20_distill.ipynb #7f6b0125
 def plain_walks(
     pipe,            # an unconditional pipeline: its scheduler
     model:nn.Module, # the denoiser that walks
@@ -78,7 +78,7 @@ def plain_walks(
     "Walks without conditions."
     return lambda i, gen: _own_walk(pipe, model, (batch, steps, eta), gen, {})
 
-# %% ../../nbs/07_tuning/20_distill.ipynb #a00b9bb6
+# %% ../../nbs/07_tuning/20_distill.ipynb #62e8c210
 def pipeline_walks(
     pipe,                # any pipeline that `walk.record` can run
     model:nn.Module,     # the denoiser, put in the place of the pipeline's own
@@ -105,7 +105,7 @@ def pipeline_walks(
         return record(pipe, model, batch, n_steps, scale, chosen, seed, batch, extra, Run(progress=False))
     return make
 
-# %% ../../nbs/07_tuning/20_distill.ipynb #4477bb8c
+# %% ../../nbs/07_tuning/20_distill.ipynb #b5d0ae6c
 def _n_classes(model):
     found = [getattr(model.config, k, None) for k in ('num_embeds_ada_norm', 'num_class_embeds')]
     return next((n for n in found if n), 1)
@@ -121,7 +121,7 @@ def _seated(pipe, model):
     other.scheduler = copy.deepcopy(pipe.scheduler)
     return other
 
-# %% ../../nbs/07_tuning/20_distill.ipynb #332b76b6
+# %% ../../nbs/07_tuning/20_distill.ipynb #5e9d0b07
 def _walks_of(source, model, batch, steps, options):
     "The function that makes walks of whatever a caller has."
     given = lambda *names: {k: options[k] for k in names if options[k] is not None}
@@ -147,7 +147,7 @@ def _answered(model, calls):
 def _with_out(call, out):
     return Call(dict(call), out.detach(), call.step, call.guidance_scale, call.trajectory)
 
-# %% ../../nbs/07_tuning/20_distill.ipynb #c036bb8f
+# %% ../../nbs/07_tuning/20_distill.ipynb #19c90e3f
 def _kept(v, before, name=''):
     "An argument as it is kept: large floats in fp16; what is as it was in the call before, that very object."
     if isinstance(v, Mapping):
@@ -164,7 +164,7 @@ def _kept(v, before, name=''):
     same = torch.is_tensor(before) and before.dtype == new.dtype and torch.equal(before, new)
     return before if same else new
 
-# %% ../../nbs/07_tuning/20_distill.ipynb #98b4d18d
+# %% ../../nbs/07_tuning/20_distill.ipynb #06f68b15
 def _thin(
     calls, # a Recording, or a list of Call
 ) -> list: # of plain dictionaries that `torch.save` can write
@@ -176,14 +176,14 @@ def _thin(
         out.append(before)
     return out
 
-# %% ../../nbs/07_tuning/20_distill.ipynb #c27a6fb7
+# %% ../../nbs/07_tuning/20_distill.ipynb #ea4b714b
 def _thick(
     kept:list, # from `thin`
 ) -> Recording: # cannot be run again
     "Kept calls as a recording."
     return Recording([Call(o['inputs'], o['out'], o['step'], o['scale'], o['trajectory']) for o in kept])
 
-# %% ../../nbs/07_tuning/20_distill.ipynb #0d7c125b
+# %% ../../nbs/07_tuning/20_distill.ipynb #f8f36350
 def _size(kept):
     "Bytes of the tensors that calls hold."
     seen, todo = {}, [kept]
@@ -194,7 +194,7 @@ def _size(kept):
         elif isinstance(v, (list, tuple)): todo += v
     return sum(seen.values())
 
-# %% ../../nbs/07_tuning/20_distill.ipynb #aa98212e
+# %% ../../nbs/07_tuning/20_distill.ipynb #a45b60b3
 class Teacher:
     "A pool of the full-precision model's walks."
     def __init__(self,
@@ -217,7 +217,7 @@ class Teacher:
         self.folder, self.limit = None if folder is None else Path(folder), limit_mb*1e6
         self.kept, self.nbytes = {}, 0
         self.settings = dict(batch=batch, steps=steps, seed=seed, **options)
-        self.source, self.disk_mark = source, None
+        self.source, self.disk_mark, self.known = source, None, None
 
     def make(self, i) -> list: # kept calls
         "Walk number i, made anew."
@@ -232,7 +232,7 @@ class Teacher:
         if self.nbytes + size <= self.limit: self.kept[i], self.nbytes = walk, self.nbytes + size
         return walk
 
-# %% ../../nbs/07_tuning/20_distill.ipynb #ca0fb919
+# %% ../../nbs/07_tuning/20_distill.ipynb #44936c9a
 @patch(as_prop=True)
 def mark(self:Teacher) -> str:
     "Identity of the teacher: every parameter of the model, what conditions it, the settings."
@@ -243,7 +243,15 @@ def mark(self:Teacher) -> str:
     calls = _thin(self.source) if isinstance(self.source, Recording) else []
     return digest(self.model, modules, configs, calls, self.settings)
 
-# %% ../../nbs/07_tuning/20_distill.ipynb #776ed1bc
+# %% ../../nbs/07_tuning/20_distill.ipynb #8a0fdd5a
+@patch(as_prop=True)
+def extent(self:Teacher) -> tuple: # (calls, points) of a walk, as the first one has
+    "How much there is in a walk."
+    if self.known is None:
+        walk = self.walk(0)
+        self.known = len(walk), sum(c.samples for c in walk)
+    return self.known
+
 @patch
 def from_disk(self:Teacher, i) -> list: # kept calls
     "Read a walk (memory-mapped), or make and write it; a file of another teacher or setting is refused."
@@ -259,7 +267,7 @@ def from_disk(self:Teacher, i) -> list: # kept calls
                          'delete the folder or choose another')
     return found['walk']
 
-# %% ../../nbs/07_tuning/20_distill.ipynb #76548aa6
+# %% ../../nbs/07_tuning/20_distill.ipynb #aea12bf3
 _REUSE = 4 # times that a point is drawn, about
 
 @dataclass
@@ -276,12 +284,11 @@ class Batch:
 def _open_walks(
     teacher,   # a Teacher
     drawn:int, # points that the run has drawn so far
-    points:int,# points of a walk
 ) -> int:      # walks that may be drawn from now
     "The pool grows while it is used: two walks, and another when as many points were drawn as four have."
-    return min(teacher.n_walks, 2 + drawn//(_REUSE*points))
+    return min(teacher.n_walks, 2 + drawn//(_REUSE*teacher.extent[1]))
 
-# %% ../../nbs/07_tuning/20_distill.ipynb #43ad3f2a
+# %% ../../nbs/07_tuning/20_distill.ipynb #6bfebceb
 def walk_batch(
     teacher,   # a Teacher
     step:int,  # training step, from 0
@@ -289,16 +296,13 @@ def walk_batch(
     seed:int,  # of the choice of walk and samples
 ) -> Batch:
     "One step of walking: a random part of a random walk, its calls in order; a restart where a walk begins."
-    i, j = divmod(step, len(teacher.walk(0)))
+    i, j = divmod(step, teacher.extent[0])
     gen = generator(seed, 'walk', i)
-    opened = _open_walks(teacher, step*batch, _points(teacher))
-    w = teacher.walk(int(torch.randint(opened, (), generator=gen)))
+    w = teacher.walk(int(torch.randint(_open_walks(teacher, step*batch), (), generator=gen)))
     call = w[min(j, len(w) - 1)]
     return Batch([call.take(torch.randperm(call.samples, generator=gen)[:batch])], j == 0)
 
-def _points(teacher): return sum(c.samples for c in teacher.walk(0))
-
-# %% ../../nbs/07_tuning/20_distill.ipynb #2974146c
+# %% ../../nbs/07_tuning/20_distill.ipynb #760f50f1
 def iid_batch(
     teacher,   # a Teacher
     step:int,  # training step, from 0
@@ -309,15 +313,15 @@ def iid_batch(
     "A batch of independent steps and samples, out of a few walks."
     gen = generator(seed, 'iid', step)
     pick = lambda n: int(torch.randint(n, (), generator=gen))
-    n_open, parts = _open_walks(teacher, step*batch, _points(teacher)), []
+    n_open, parts = _open_walks(teacher, step*batch), []
     for k in range(min(walks, batch)):
         w = teacher.walk(pick(n_open))
         for _ in range(batch*(k + 1)//min(walks, batch) - batch*k//min(walks, batch)):
             call = w[pick(len(w))]
             parts.append(call.take([pick(call.samples)]))
-    return Batch([c for c, _ in merge(parts, 2*batch)], step % len(teacher.walk(0)) == 0)
+    return Batch([c for c, _ in merge(parts, 2*batch)], step % teacher.extent[0] == 0)
 
-# %% ../../nbs/07_tuning/20_distill.ipynb #3ca64055
+# %% ../../nbs/07_tuning/20_distill.ipynb #9d1331b0
 def _placed(call, like):
     "A call where the model is, its kept halves in the model's own dtype."
     def put(v, name=''):
@@ -338,7 +342,7 @@ def _misses(student, call, autocast):
     if off.shape[1] == 2*x.shape[1]: off = off[:, :x.shape[1]]    # the other half is a variance
     return off.square().flatten(1).mean(1)
 
-# %% ../../nbs/07_tuning/20_distill.ipynb #8d045719
+# %% ../../nbs/07_tuning/20_distill.ipynb #88b1eed3
 def distillation_loss(
     student:nn.Module, # the model in training
     batch:Batch,       # what it is taught
@@ -353,7 +357,7 @@ def distillation_loss(
         total = total + each.sum()
     return total/n
 
-# %% ../../nbs/07_tuning/20_distill.ipynb #8849712b
+# %% ../../nbs/07_tuning/20_distill.ipynb #d794b027
 @torch.no_grad()
 def held_out_loss(
     student:nn.Module, # the model in training
@@ -375,7 +379,7 @@ def held_out_loss(
     student.train(mode)
     return total/sum(c.samples for c in calls)
 
-# %% ../../nbs/07_tuning/20_distill.ipynb #23615d06
+# %% ../../nbs/07_tuning/20_distill.ipynb #93061036
 @dataclass
 class TuneConfig:
     "How to tune. A run is described by this and its seed."
@@ -413,7 +417,7 @@ class TuneConfig:
             v = getattr(self, name)
             if v not in known: raise ValueError(f'TuneConfig: {name}={v!r}, expected one of {known}')
 
-# %% ../../nbs/07_tuning/20_distill.ipynb #3b45929b
+# %% ../../nbs/07_tuning/20_distill.ipynb #0d4815c6
 class TooSlow(RuntimeError): "A machine on which the time is too short for a useful number of steps."
 
 class Pace:
@@ -428,7 +432,7 @@ class Pace:
         self.warmup, self.clock, self.begun, self.before = warmup, clock, clock(), 0.
         self.reserve, self.first = 0., None # seconds that the end takes; (seconds, step) of the first step
 
-# %% ../../nbs/07_tuning/20_distill.ipynb #06a7ede2
+# %% ../../nbs/07_tuning/20_distill.ipynb #dd7a2d67
 @patch(as_prop=True)
 def spent(self:Pace) -> float: # seconds, those of a killed run included
     return self.before + self.clock() - self.begun
@@ -458,7 +462,7 @@ def expected(self:Pace, step:int) -> int: # for a bar
     each = (self.spent - self.first[0])/(step - self.first[1])
     return step + int(max(0., self.budget - self.reserve - self.spent)/max(each, 1e-9))
 
-# %% ../../nbs/07_tuning/20_distill.ipynb #24b1d5aa
+# %% ../../nbs/07_tuning/20_distill.ipynb #c7e8dfcb
 _USEFUL = 20 # steps below which tuning is not worth beginning
 
 class Tuner:
@@ -490,15 +494,16 @@ class Tuner:
         self.step, self.log, self.start = 0, [], float('nan')
         self.first = {k: v.detach().clone() for k, v in student.state_dict().items()}
 
-# %% ../../nbs/07_tuning/20_distill.ipynb #80407a13
+# %% ../../nbs/07_tuning/20_distill.ipynb #f947bae1
 @patch
 def state_dict(self:Tuner) -> dict:
     "Everything that a killed run goes on from."
     return dict(student=self.student.state_dict(), optimizer=self.optimizer.state_dict(), mean=self.mean.mean,
                 step=self.step, total=self.pace.total, spent=self.pace.spent, start=self.start, log=self.log,
-                bf16=self.autocast is not None, config=asdict(self.config), world=self.run.spread.world)
+                bf16=self.autocast is not None, config=asdict(self.config), world=self.run.spread.world,
+                reserve=self.pace.reserve)
 
-# %% ../../nbs/07_tuning/20_distill.ipynb #11d06027
+# %% ../../nbs/07_tuning/20_distill.ipynb #092d991e
 @patch
 def load_state_dict(self:Tuner, state):
     "Go on from there; ValueError where it belongs to another run."
@@ -513,9 +518,9 @@ def load_state_dict(self:Tuner, state):
     self.mean.mean = [m.to(p) for m, p in zip(state['mean'], self.mean.params)]
     self.autocast = torch.bfloat16 if state['bf16'] else None     # as it began, wherever it goes on
     self.step, self.start, self.log = state['step'], state['start'], state['log']
-    self.pace.total, self.pace.before = state['total'], state['spent']
+    self.pace.total, self.pace.before, self.pace.reserve = state['total'], state['spent'], state['reserve']
 
-# %% ../../nbs/07_tuning/20_distill.ipynb #d141d560
+# %% ../../nbs/07_tuning/20_distill.ipynb #6941d5cd
 @patch
 def measure(self:Tuner) -> float:
     "The held-out loss, as the first process finds it; nan without held-out walks."
@@ -523,7 +528,7 @@ def measure(self:Tuner) -> float:
     options = dict(weights=self.weights, autocast=self.autocast)
     return self.run.spread.once(lambda: held_out_loss(self.student, self.held, **options))
 
-# %% ../../nbs/07_tuning/20_distill.ipynb #dd3da676
+# %% ../../nbs/07_tuning/20_distill.ipynb #f56e5af4
 @patch
 def train_step(self:Tuner, watch) -> dict: # a row of the log
     "One step of the run."
@@ -549,7 +554,7 @@ def train_step(self:Tuner, watch) -> dict: # a row of the log
     self.step += 1
     return row
 
-# %% ../../nbs/07_tuning/20_distill.ipynb #74197435
+# %% ../../nbs/07_tuning/20_distill.ipynb #5674946f
 @patch
 def finish(self:Tuner) -> dict: # what was kept, and the losses that decided it
     "Take the last, the averaged or the first parameters, whichever do best on held-out walks."
@@ -575,7 +580,7 @@ def swap_average(self:Tuner):
     self.mean.swap()
     for layer in self.layers.values(): layer.decode()
 
-# %% ../../nbs/07_tuning/20_distill.ipynb #1cb1ddaf
+# %% ../../nbs/07_tuning/20_distill.ipynb #e10b3899
 def _blame(
     student:nn.Module, # the model in training
     batch:Batch,       # that it failed at
@@ -595,7 +600,7 @@ def _blame(
         for h in handles: h.remove()
     return f'output of layer {found[0]!r}' if found else 'the loss only (the layers are finite in float32)'
 
-# %% ../../nbs/07_tuning/20_distill.ipynb #31018e88
+# %% ../../nbs/07_tuning/20_distill.ipynb #3b813c42
 def _check_pair(
     student:nn.Module, # the model in training
     teacher:Teacher,   # its walks
@@ -610,7 +615,7 @@ def _check_pair(
         raise ValueError(f'distill: the student answers {tuple(out.shape)}, the teacher '
                          f'{tuple(call.out.shape)}; are these the same architecture?')
 
-# %% ../../nbs/07_tuning/20_distill.ipynb #105375b9
+# %% ../../nbs/07_tuning/20_distill.ipynb #4114ae34
 @contextmanager
 def _set_up_by(teacher, held, pace):
     "While walks are made: TooSlow as soon as half of the time is gone."
@@ -622,7 +627,7 @@ def _set_up_by(teacher, held, pace):
     finally:
         for h in handles: h.remove()
 
-# %% ../../nbs/07_tuning/20_distill.ipynb #ee27bd29
+# %% ../../nbs/07_tuning/20_distill.ipynb #d72c8907
 @contextmanager
 def _beating(bar, seconds=3.):
     "A bar that moves although a step takes long."
@@ -636,11 +641,11 @@ def _beating(bar, seconds=3.):
         done.set()
         thread.join()
 
-# %% ../../nbs/07_tuning/20_distill.ipynb #7169c8dc
+# %% ../../nbs/07_tuning/20_distill.ipynb #10cd5a7a
 @patch
 def prepare(self:Tuner):
     "The first walks, the loss before any step, and how long it takes to measure."
-    with _set_up_by(self.teacher, self.held, self.pace):
+    with _set_up_by(self.teacher, self.held, self.pace) if not self.step else nullcontext():
         _check_pair(self.student, self.teacher)
         before = self.pace.spent
         if self.held is not None: self.held.walk(0)
@@ -648,9 +653,10 @@ def prepare(self:Tuner):
         self.teacher.walk(1)
         before = self.pace.spent
         if math.isnan(self.start): self.start = self.measure()
-        self.pace.reserve = walk + 3*(self.pace.spent - before)     # the end measures twice
+        again = walk + 3*(self.pace.spent - before)                 # the end measures twice
+        self.pace.reserve = max(self.pace.reserve, again)
 
-# %% ../../nbs/07_tuning/20_distill.ipynb #9a1929c3
+# %% ../../nbs/07_tuning/20_distill.ipynb #49ab5b8e
 @patch
 def useful(self:Tuner):
     "TooSlow where the time is enough for a few steps only."
@@ -668,7 +674,7 @@ def has_next(self:Tuner) -> bool:
     on, self.pace.total = self.run.spread.once(look)
     return on
 
-# %% ../../nbs/07_tuning/20_distill.ipynb #98a84d3f
+# %% ../../nbs/07_tuning/20_distill.ipynb #52dd7294
 def _told(row, tuner):
     "What the bar says."
     held = next((r['held'] for r in reversed(tuner.log) if 'held' in r), tuner.start)
@@ -676,6 +682,13 @@ def _told(row, tuner):
     return f"loss {row['loss']:.2e} held {held:.2e}{' codes moved ' + share if share else ''}"
 
 def _nothing(tuner): return {}
+
+def _resume(tuner, checkpoint):
+    "Go on from a checkpoint, where there is one."
+    there = checkpoint is not None and Path(checkpoint).exists()
+    load = lambda: torch.load(checkpoint, map_location='cpu', weights_only=True) if there else None
+    found = tuner.run.spread.once(load)
+    if found is not None: tuner.load_state_dict(found)
 
 def _steps(tuner, checkpoint, every_minutes, watch, bar):
     "All steps of a run, with a checkpoint now and then."
@@ -693,7 +706,7 @@ def _steps(tuner, checkpoint, every_minutes, watch, bar):
         if saves and time.monotonic() - saved >= 60*every_minutes: save(); saved = time.monotonic()
     save()
 
-# %% ../../nbs/07_tuning/20_distill.ipynb #9cda7658
+# %% ../../nbs/07_tuning/20_distill.ipynb #a723f4ff
 def distill(
     student:nn.Module,      # model with packed layers; changed in place
     teacher:Teacher,        # walks of the full-precision model
@@ -708,12 +721,9 @@ def distill(
 ) -> list: # a dict for each step: step, t, loss, seconds, codes moved, held; the last one holds the summary
     "Tune a quantized model on its teacher's walks."
     tuner = Tuner(student, teacher, config, held, weights, run, clock)
-    there = checkpoint is not None and Path(checkpoint).exists()
-    load = lambda: torch.load(checkpoint, map_location='cpu', weights_only=True) if there else None
-    found = run.spread.once(load)
-    if found is not None: tuner.load_state_dict(found)
-    student.train()
     try:
+        _resume(tuner, checkpoint)
+        student.train()
         with run.bar(total=config.steps, desc='tuning') as bar, _beating(bar):
             tuner.prepare()
             _steps(tuner, checkpoint, every_minutes, watch, bar)
@@ -728,7 +738,7 @@ def distill(
     finally: close_layers(student).requires_grad_(False).eval()
     return tuner.log + [dict(step=tuner.step, planned=tuner.pace.total, seconds=tuner.pace.spent, **end)]
 
-# %% ../../nbs/07_tuning/20_distill.ipynb #4a4fef4a
+# %% ../../nbs/07_tuning/20_distill.ipynb #484804d7
 def tune_model(
     model:nn.Module,     # quantized model; changed in place
     dense:nn.Module,     # its full-precision original
