@@ -61,6 +61,7 @@ def _verdict(e):
     if isinstance(e, (ValueError, TypeError, FolderInUse)): return _BAD_INPUT, text
     return _FAILED, f'{type(e).__name__}: {text[:400]} (--debug shows where)'
 
+# %% ../nbs/12_command/40_cli.ipynb #9ef15104
 def _guarded(command):
     "A command that ends with a line and a code instead of an exception."
     @wraps(command)
@@ -85,7 +86,7 @@ def main(
         code = _BAD_INPUT
     sys.exit(code or 0)
 
-# %% ../nbs/12_command/40_cli.ipynb #97cd049f
+# %% ../nbs/12_command/40_cli.ipynb #818c65e9
 def _option(kind, help, *names, **more): # names: as they are typed, where the parameter's own will not do
     return Annotated[kind, typer.Option(*names, help=help, **more)]
 
@@ -102,7 +103,7 @@ _Force = _option(bool, 'Replace what is there.', '--force')
 _Json = _option(bool, 'Print the result as one JSON object.', '--json')
 _Debug = _option(bool, 'Show where an error comes from.', '--debug')
 
-# %% ../nbs/12_command/40_cli.ipynb #337af3cb
+# %% ../nbs/12_command/40_cli.ipynb #adfafb5d
 @contextmanager
 def _stages(title, total, every=2.):
     "`stage(name, f)`, which runs `f` under a bar over all stages, and the seconds that each took."
@@ -122,7 +123,7 @@ def _stages(title, total, every=2.):
         try: yield stage, seconds
         finally: over.set()
 
-# %% ../nbs/12_command/40_cli.ipynb #49e334d5
+# %% ../nbs/12_command/40_cli.ipynb #da484608
 _LARGE = 100_000_000 # parameters; above, `quantize` calibrates with fewer trajectories
 
 def _stages_of(model, settings, data):
@@ -149,7 +150,7 @@ def _plan_text(result, table):
     memory = f'about {result["memory"]["total"]/2**30:.1f} GB of memory'
     return '\n'.join([by.reset_index().to_string(index=False, na_rep=''), sum_up, *stages, memory])
 
-# %% ../nbs/12_command/40_cli.ipynb #21866df9
+# %% ../nbs/12_command/40_cli.ipynb #10b0894a
 def _takes(source, name):
     "Whether the pipeline of a source takes an argument of this name."
     if source.part is None: return False
@@ -158,14 +159,14 @@ def _takes(source, name):
     cls = getattr(diffusers, kind, getattr(aquatic_nb.zoo, kind, None))
     return cls is None or name in inspect.signature(cls.__call__).parameters
 
-def _check_request(source, s, calibration):
+def _check_request(source, s, memory, calibration):
     "ValueError where the settings do not suit the source; before anything is read."
     aquatic_nb.quant.check_bits(s['bits'])
     if s['act_bits'] not in (None, 4, 6, 8):
         raise ValueError(f'--act-bits {s["act_bits"]}: expected 8 (usual), 6 or 4')
-    for name in ('tune', 'memory'):
-        if s[name] is None or 0 < s[name] < math.inf: continue
-        raise ValueError(f'--{name} {s[name]:g}: expected a number above 0')
+    for option, value in (('--tune', s['tune']), ('--memory', memory)):
+        if value is None or 0 < value < math.inf: continue
+        raise ValueError(f'{option} {value:g}: expected a number above 0')
     if not calibration and (s['act_bits'] or s['tune']):
         raise ValueError('--act-bits and --tune need to see what flows; leave out --no-calibration')
     if s['tune'] and source.part is None:
@@ -199,7 +200,7 @@ _WalkGuidance = _option(Optional[float], 'Guidance scale of the calibration; wha
 _Prompts = _option(Optional[Path], "Texts to calibrate with, a UTF-8 file, one a line; the package's own "
                    'where not given.')
 
-# %% ../nbs/12_command/40_cli.ipynb #c3d11b51
+# %% ../nbs/12_command/40_cli.ipynb #b28f2cdb
 @app.command()
 @_guarded
 def quantize(
@@ -230,31 +231,35 @@ def quantize(
         raise ValueError('DST is missing; name the folder for the result, or use --plan')
     source = find_source(src, part, variant, config)
     if dst is not None: check_destination(dst, source.path, force)
-    texts = None if prompts is None else read_prompts(prompts)
     settings = dict(bits=bits, act_bits=act_bits, tune=tune, laq=calibration and not uniform, seed=seed,
-                    memory=memory, n_calibration=trajectories, guidance_scale=guidance,
-                    calibration_prompts=texts, overrides=parse_overrides(override))
-    _check_request(source, settings, calibration)
-    settings['memory'] = int(memory*2**30)
-    told, text = _told_before(source, settings, calibration)
+                    n_calibration=trajectories, guidance_scale=guidance, overrides=parse_overrides(override),
+                    calibration_prompts=None if prompts is None else read_prompts(prompts))
+    told, text = _told_before(source, settings, memory, calibration)
     if plan: return _give(told, as_json, text)
-    _say('\n'.join(f'{k}: {v}' for k, v in told['stages'].items()))
-    _say(f'about {told["memory"]["total"]/2**30:.1f} GB of memory needed')
-    check_memory(told['memory'], free_memory())
+    _say_before(told)
     work_dir = work_dir or dst.with_name(dst.name + '.work')
+    settings['memory'] = int(memory*2**30)
     _give(_run_quantize(source, dst, work_dir, calibration, force, settings), as_json)
 
-# %% ../nbs/12_command/40_cli.ipynb #1e505d3e
-def _told_before(source, settings, calibration):
-    "What a run would do, as a dictionary and as text; no weight is read."
+# %% ../nbs/12_command/40_cli.ipynb #add5b1f1
+def _told_before(source, settings, memory, calibration):
+    "What a run would do, as a dictionary and as text; no weight is read. ValueError where it cannot be done."
+    _check_request(source, settings, memory, calibration)
     skeleton = empty_model(source)
     table = aquatic_nb.quant.plan(skeleton, settings['bits'], settings['overrides'], laq=settings['laq'])
     data = '' if not calibration else 'by the pipeline' if source.part else 'inputs made up from its config'
     result = dict(model=type(skeleton).__name__, variant=source.variant, bits=settings['bits'],
                   stages=_stages_of(skeleton, settings, data),
-                  memory=memory_needed(skeleton, settings['bits'], settings['memory'], calibration))
+                  memory=memory_needed(skeleton, settings['bits'], int(memory*2**30), calibration))
     return {**result, 'layers': json.loads(table.to_json(orient='records'))}, _plan_text(result, table)
 
+def _say_before(told):
+    "The stages and the memory of a run; NotEnoughMemory where it would not fit."
+    for name, what in told['stages'].items(): _say(f'{name}: {what}')
+    _say(f'about {told["memory"]["total"]/2**30:.1f} GB of memory needed')
+    check_memory(told['memory'], free_memory())
+
+# %% ../nbs/12_command/40_cli.ipynb #5a279fe3
 def _run_quantize(source, dst, work_dir, calibration, force, settings):
     "The work of `aquatic quantize`: sizes and times; tells how to go on when it is interrupted."
     if work_dir.exists(): _say(f'going on with {work_dir}')
@@ -308,6 +313,7 @@ _ToSample = _argument(str, 'A pipeline folder, packed or not, or mini-ldm.')
 _Images = _option(Path, 'Folder for the PNG files.')
 _Many = _option(int, 'How many images.', min=1)
 
+# %% ../nbs/12_command/40_cli.ipynb #8f6feb6e
 @app.command()
 @_guarded
 def sample(
@@ -365,7 +371,7 @@ _Batch = _option(int, 'ldm4: images in one call.', min=1)
 _Runs = _option(Path, 'ldm4: folder for samples, quantized layers, features and run.json; give it again to '
                 'go on.')
 
-# %% ../nbs/12_command/40_cli.ipynb #9288a548
+# %% ../nbs/12_command/40_cli.ipynb #0093c37e
 @app.command()
 @_guarded
 def evaluate(
@@ -405,7 +411,7 @@ def evaluate(
     settings = dict(seed=seed, steps=steps, classes=_numbers(classes), prompt=prompt) | scale
     _give(_evaluate_pipelines(src, against, variant, n or 300, settings), as_json)
 
-# %% ../nbs/12_command/40_cli.ipynb #217716c2
+# %% ../nbs/12_command/40_cli.ipynb #0f773158
 def _evaluate_pipelines(src, against, variant, n, settings):
     "Sample from one pipeline or two, and judge."
     sources = [find_source(src, variant=variant), *([] if against is None else [find_source(against)])]
@@ -415,6 +421,7 @@ def _evaluate_pipelines(src, against, variant, n, settings):
     raise ValueError('for this model there is nothing to measure without a reference; give --against, e.g. '
                      'the dense pipeline')
 
+# %% ../nbs/12_command/40_cli.ipynb #fdba25ba
 def _evaluate_benchmark(ckpt, out, protocol, model, judges, as_json):
     "The work of `aquatic evaluate ldm4`: every process shares it, the first one prints."
     ldm4, act_bits = aquatic_nb.ldm4, model['act_bits']
@@ -461,7 +468,7 @@ def _machine():
     "What would run packed layers here, and why."
     return dict(kernels=sorted(aquatic_nb.layers.KERNELS), **aquatic_nb.cpu.cpu_report(), machine=machine())
 
-# %% ../nbs/12_command/40_cli.ipynb #152262c4
+# %% ../nbs/12_command/40_cli.ipynb #dd733b68
 def _look_inside(source):
     "Totals of a model, and a row for each layer."
     folder, variant = source.model_path, source.variant
@@ -498,7 +505,7 @@ _CallBatch = _option(int, 'Images in one call.', min=1)
 _Repeats = _option(int, 'Timed calls; the median counts.', min=1)
 _Threads = _option(Optional[int], "Threads; torch's choice where not given.", min=1)
 
-# %% ../nbs/12_command/40_cli.ipynb #bac2e47e
+# %% ../nbs/12_command/40_cli.ipynb #664acab9
 @app.command()
 @_guarded
 def bench(
@@ -608,7 +615,7 @@ def demo(
         _say(f'\nfinished layers are kept in {out/"work"}: run the same command again to go on')
         raise
 
-# %% ../nbs/12_command/40_cli.ipynb #deebe1f8
+# %% ../nbs/12_command/40_cli.ipynb #d0038244
 _QUANTIZE_ROWS = 105_000  # quantizing the shipped model takes about as long as so many rows of its U-Net
 _DEMO_STEPS, _DEMO_BATCH = 20, 16
 
@@ -654,7 +661,7 @@ def _run_demo(out, settings, n):
     picture = lambda path: _side_by_side(images, small, labels, path)
     return _write_demo(out, found, quant.quant_report(pipe.unet), picture)
 
-# %% ../nbs/12_command/40_cli.ipynb #74f8a030
+# %% ../nbs/12_command/40_cli.ipynb #7c508d0e
 def _announcement(settings, n, minutes):
     "What the demo will do, and about how long that takes here."
     return (f'demo: {n} images of the shipped model at full precision; its U-Net quantized to '

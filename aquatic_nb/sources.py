@@ -6,7 +6,7 @@
 __all__ = ['Source', 'find_source', 'empty_model', 'load_pipeline', 'load_source', 'read_prompts', 'parse_overrides',
            'NotEnoughMemory', 'free_memory', 'memory_needed', 'check_memory', 'check_destination']
 
-# %% ../nbs/12_command/39_sources.ipynb #773684d2
+# %% ../nbs/12_command/39_sources.ipynb #27ce39ef
 import json
 import math
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ import torch
 import aquatic_nb
 from .kaq import packable
 
-# %% ../nbs/12_command/39_sources.ipynb #00c70a3a
+# %% ../nbs/12_command/39_sources.ipynb #70f31a71
 _SHIPPED = ('mini-ldm',)
 _DENOISERS = ('unet', 'transformer')
 
@@ -34,7 +34,7 @@ class Source:
     def model_path(self): # the folder that describes the model
         return self.config or (self.path if self.part is None else self.path/self.part)
 
-# %% ../nbs/12_command/39_sources.ipynb #20fafe57
+# %% ../nbs/12_command/39_sources.ipynb #91e9ee09
 def _variants(folder):
     "The variants of the weights in a model folder; '' stands for files without one."
     found = set()
@@ -60,7 +60,7 @@ def _choose_variant(folders, wanted):
     names = sorted(set().union(*lacking))
     raise ValueError(f'{str(folders[0])!r} has weights of several variants, {names}; choose with --variant')
 
-# %% ../nbs/12_command/39_sources.ipynb #fab3338c
+# %% ../nbs/12_command/39_sources.ipynb #292da38f
 def _components(path):
     "The folders of a pipeline that hold a model."
     return sorted(o for o in path.iterdir() if o.is_dir() and (o/'config.json').is_file())
@@ -75,6 +75,7 @@ def _in_pipeline(path, part, variant):
     wanted = part or ' or '.join(_DENOISERS)
     raise ValueError(f'{str(path)!r} is a pipeline without {wanted}; it has {there}; choose with --part')
 
+# %% ../nbs/12_command/39_sources.ipynb #69eef6a4
 def find_source(
     src:str,                # folder, file, or name of a shipped model
     part:str|None=None,     # which component of a pipeline; None: unet, else transformer
@@ -96,7 +97,7 @@ def find_source(
     raise ValueError(f'{src!r} holds neither model_index.json nor config.json: no diffusers model or '
                      'pipeline; give the folder that does')
 
-# %% ../nbs/12_command/39_sources.ipynb #3b15e44f
+# %% ../nbs/12_command/39_sources.ipynb #a7dd098f
 _CONFIGS = ('sd15', 'sdxl')
 _PREFIX = 'model.diffusion_model.'   # of the U-Net in the original's files
 
@@ -121,7 +122,7 @@ def _in_file(path, config):
                          'give one that does')
     return Source(path, config=_config_folder(config))
 
-# %% ../nbs/12_command/39_sources.ipynb #d07d3e60
+# %% ../nbs/12_command/39_sources.ipynb #0f42d8ce
 def empty_model(
     source:Source, # where the model is
 ):                 # the model on the meta device
@@ -150,7 +151,7 @@ def _check_file(path, model, folder):
         a, b = (tuple(o[name].shape) if name in o else 'missing' for o in (found, want))
         if a != b: raise ValueError(f'{lead}: {name!r} is {a} in the file, {b} by the description; {hint}')
 
-# %% ../nbs/12_command/39_sources.ipynb #10c1d21e
+# %% ../nbs/12_command/39_sources.ipynb #5985cf8b
 def load_pipeline(
     source:Source, # a pipeline
 ):                 # the pipeline
@@ -168,6 +169,7 @@ def load_pipeline(
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
+# %% ../nbs/12_command/39_sources.ipynb #1e8b5707
 def load_source(
     source:Source, # what `find_source` found
 )->tuple:          # (what is to be saved: a pipeline or a model; the model itself)
@@ -182,7 +184,7 @@ def load_source(
         model.register_to_config(_name_or_path=str(config)) # beside it lies the scheduler
     return model, model
 
-# %% ../nbs/12_command/39_sources.ipynb #ca1c3170
+# %% ../nbs/12_command/39_sources.ipynb #d1662940
 def read_prompts(
     path, # a text file, UTF-8
 )->list:  # of texts
@@ -198,6 +200,7 @@ def read_prompts(
     if not prompts: raise ValueError(f'--prompts {str(path)!r} holds no prompt; write one a line')
     return prompts
 
+# %% ../nbs/12_command/39_sources.ipynb #7259e011
 def parse_overrides(
     texts, # list of PATTERN=SETTING, or None
 )->dict:   # pattern -> setting, as `kaq.match_layers` takes it; later ones win
@@ -212,7 +215,7 @@ def parse_overrides(
         out[pattern] = int(setting) if setting.isdecimal() else setting
     return out
 
-# %% ../nbs/12_command/39_sources.ipynb #68cce2e5
+# %% ../nbs/12_command/39_sources.ipynb #4944ea0d
 class NotEnoughMemory(ValueError): "A request that would not fit into this machine's memory."
 
 def free_memory()->int|None: # bytes, or None where the system does not tell
@@ -226,7 +229,7 @@ def free_memory()->int|None: # bytes, or None where the system does not tell
     most = limit.read_text(encoding='ascii').strip()
     return free if most == 'max' else min(free, int(most) - int(used.read_text(encoding='ascii')))
 
-# %% ../nbs/12_command/39_sources.ipynb #bf21f4e9
+# %% ../nbs/12_command/39_sources.ipynb #a453085d
 def memory_needed(
     model,           # the model, on the meta device or not
     bits:float,      # asked for
@@ -254,7 +257,7 @@ def check_memory(
     else: hint = '--no-calibration needs no moments' if fits > 0 else 'it needs a larger machine'
     raise NotEnoughMemory(f'this needs about {gb(need["total"])} ({parts}), and {gb(free)} are free; {hint}')
 
-# %% ../nbs/12_command/39_sources.ipynb #2973351b
+# %% ../nbs/12_command/39_sources.ipynb #3a0b6768
 def check_destination(
     dst:Path,   # where to
     src:Path,   # the source's folder or file

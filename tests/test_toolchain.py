@@ -175,3 +175,14 @@ def test_outputs_name_no_machine():
             shown = json.dumps([o for o in c.get('outputs', ()) if 'text' in o])
             if hit := re.search(r'\S*(/site-packages/|/tmp/|/home/|/root/)\S*', shown): found.append(f'{nb.name}: {hit[0][:80]}')
     assert not found, '\n'.join(found)
+
+def test_links_between_files_lead_somewhere():
+    "Every relative link of README, CONTRIBUTING, CHANGELOG and of the notebooks' prose names a file that exists."
+    dead = []
+    texts = {o: o.read_text(encoding='utf-8') for o in root.glob('*.md')}
+    texts |= {nb: '\n'.join(cells(nb, 'markdown')) for nb in books}
+    for path, text in texts.items():
+        for link in re.findall(r'\]\(([^)#\s]+)[^)]*\)', re.sub(r'```.*?```|`[^`\n]*`', '', text, flags=re.S)):
+            if re.match(r'[a-z]+:', link): continue
+            if not (path.parent/link).exists(): dead.append(f'{path.relative_to(root)}: {link}')
+    assert not dead, '\n'.join(dead)
