@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 import traceback
+import warnings
 from contextlib import contextmanager, redirect_stdout
 from functools import wraps
 from importlib import metadata
@@ -62,11 +63,23 @@ def _verdict(e):
     return _FAILED, f'{type(e).__name__}: {text[:400]} (--debug shows where)'
 
 # %% ../nbs/12_command/40_cli.ipynb #9ef15104
+@contextmanager
+def _notes():
+    "Warnings to the user as a line each, without the place in the code."
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+        def note(message, category, *where):
+            if category is UserWarning: _say(f'note: {" ".join(str(message).split())}')
+            else: show(message, category, *where)
+        warnings.showwarning = note
+        yield
+
 def _guarded(command):
     "A command that ends with a line and a code instead of an exception."
     @wraps(command)
     def run(*args, **kwargs):
-        try: return command(*args, **kwargs)
+        try:
+            with _notes(): return command(*args, **kwargs)
         except typer.Exit: raise
         except (Exception, KeyboardInterrupt) as e:
             if kwargs.get('debug'): traceback.print_exc()

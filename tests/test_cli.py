@@ -186,6 +186,12 @@ def test_codes(capsys, monkeypatch, error, code):
     found, out, err = aquatic(capsys, 'info')
     assert found == code and out == '' and err.count('\n') == 1 and err.startswith('aquatic: '), err
 
+def test_warnings_are_one_line(capsys, monkeypatch):
+    import warnings
+    monkeypatch.setattr(cli, '_machine', lambda: warnings.warn('layers\nstay dense') or {})
+    code, out, err = aquatic(capsys, 'info')
+    assert code == 0 and err == 'note: layers stay dense\n'
+
 def test_one_guidance(capsys):
     "The default is stated once, in `walk`; the benchmark's is its protocol's."
     for command in ('sample', 'bench', 'evaluate'):
@@ -244,6 +250,7 @@ def test_demo(tmp_path, capsys):
     code, out, err = aquatic(capsys, 'demo', '--out', tmp_path/'demo', '--n', 40, '--json')
     assert code == 0, err[-2000:]
     found = json.loads(out)
+    assert 'minutes here' in err and found['estimated_minutes'] > 2
     assert found['bits_quantized'] <= 2.2 and found['psnr_db'] > 30 and found['file_bytes'] < found['file_bytes_original']/5
     assert {o.name for o in (tmp_path/'demo').iterdir()} == {'model', 'report.md', 'report.csv', 'side_by_side.png'}
     code, out, err = aquatic(capsys, 'sample', tmp_path/'demo'/'model', '--out', tmp_path/'s', '--n', 1, '--steps', 1)
