@@ -415,11 +415,14 @@ def evaluate(
 def _evaluate_pipelines(src, against, variant, n, settings):
     "Sample from one pipeline or two, and judge."
     sources = [find_source(src, variant=variant), *([] if against is None else [find_source(against)])]
+    blind = ValueError('for this model there is nothing to measure without a reference; give --against, '
+                       'e.g. the dense pipeline')
+    known = sources[0].part is None or _takes(sources[0], 'class_labels') # a model is refused below
+    if against is None and not known: raise blind # before any image is drawn
     found = [_draw(load_pipeline(s), n, desc=s.path.name, **settings) for s in sources]
     result = _judge(*found[0], *[images for images, _ in found[1:]])
     if len(result) > 1: return result
-    raise ValueError('for this model there is nothing to measure without a reference; give --against, e.g. '
-                     'the dense pipeline')
+    raise blind
 
 # %% ../nbs/12_command/40_cli.ipynb #fdba25ba
 def _evaluate_benchmark(ckpt, out, protocol, model, judges, as_json):
