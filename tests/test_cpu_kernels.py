@@ -139,7 +139,8 @@ def test_many_shapes(c): check(c)
 
 @pytest.mark.parametrize('kind,shape,names', [('conv3x3', (2, 20, 19, 33), ('wino4', 'wino2', 'bytes', 'decode', 'lut', 'int8')), ('conv1x1', (2, 24, 9, 7), ('gemm', 'bytes', 'decode', 'int8', 'lut')),
                                               ('linear', (30, 24), ('gemm', 'bytes', 'decode', 'int8', 'lut')), ('linear', (5, 24), ('few', 'bytes', 'gemm'))])
-def test_threads_give_the_same_bits(kind, shape, names):
+def test_threads_give_the_same_bits(kind, shape, names, monkeypatch):
+    monkeypatch.setenv('AQUATIC_WEIGHT_CACHE', str(1 << 24)) # room to keep, whatever other layers there are
     layer = make(kind, 100, shape[1], 2, 9)
     x, before = torch.randn(shape, generator=torch.Generator().manual_seed(0)), torch.get_num_threads()
     try:

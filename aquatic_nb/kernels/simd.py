@@ -93,9 +93,8 @@ def _named(name, asked_by, dot=None):
 # %% ../../nbs/10_kernels/24_simd.ipynb #c2684e97
 _forced = threading.local()
 
-@functools.cache
 def _usual():
-    "What the environment asks for when it is first needed, else the widest."
+    "What the environment asks for, else the widest."
     asked = os.environ.get('AQUATIC_SIMD', '')
     if asked in ('', '1'): return next(iter(widths().values()))
     return _named('portable' if asked == '0' else asked, 'AQUATIC_SIMD')
