@@ -139,12 +139,12 @@ def _stages(title, total, every=2.):
 # %% ../nbs/12_command/40_cli.ipynb #da484608
 _LARGE = 100_000_000 # parameters; above, `quantize` calibrates with fewer trajectories
 
-def _stages_of(model, settings, data):
+def _stages_of(model, table, settings, data):
     "What a run goes through: stage -> what it does; `data` says where calibration inputs come from."
     n = settings['n_calibration'] or (64 if model.num_parameters() <= _LARGE else 16)
-    layers, out = len(packable(model)), {}
+    layers, out = int((table.scheme != 'dense').sum()), {}
     if data: out['walk'] = f'{n} trajectories of the full-precision model ({data})'
-    if data and settings['laq']: out['sensitivity'] = f'what each of {layers} layers bears'
+    if data and settings['laq']: out['sensitivity'] = f'what each of {len(packable(model))} layers bears'
     out['encode'] = f'{layers} layers'
     if settings['act_bits']: out['activations'] = f'ranges for {settings["act_bits"]} bits at each timestep'
     if settings['tune']: out['tune'] = f'{settings["tune"]:g} minutes of distillation'
@@ -161,7 +161,8 @@ def _plan_text(result, table):
     else: sum_up += f', {int(table.bytes.sum()):,} bytes together'
     stages = [f'{k}: {v}' for k, v in result['stages'].items()]
     memory = f'about {result["memory"]["total"]/2**30:.1f} GB of memory'
-    return '\n'.join([by.reset_index().to_string(index=False, na_rep=''), sum_up, *stages, memory])
+    by['bytes'] = by.bytes.map(lambda b: '' if math.isnan(b) else f'{b:,.0f}')
+    return '\n'.join([by.reset_index().to_string(index=False), sum_up, *stages, memory])
 
 # %% ../nbs/12_command/40_cli.ipynb #10b0894a
 def _takes(source, name):
@@ -262,7 +263,7 @@ def _told_before(source, settings, memory, calibration):
     table = aquatic_nb.quant.plan(skeleton, settings['bits'], settings['overrides'], laq=settings['laq'])
     data = '' if not calibration else 'by the pipeline' if source.part else 'inputs made up from its config'
     result = dict(model=type(skeleton).__name__, variant=source.variant, bits=settings['bits'],
-                  stages=_stages_of(skeleton, settings, data),
+                  stages=_stages_of(skeleton, table, settings, data),
                   memory=memory_needed(skeleton, settings['bits'], int(memory*2**30), calibration))
     return {**result, 'layers': json.loads(table.to_json(orient='records'))}, _plan_text(result, table)
 
@@ -428,11 +429,14 @@ def evaluate(
 def _evaluate_pipelines(src, against, variant, n, settings):
     "Sample from one pipeline or two, and judge."
     sources = [find_source(src, variant=variant), *([] if against is None else [find_source(against)])]
+    blind = ValueError('for this model there is nothing to measure without a reference; give --against, '
+                       'e.g. the dense pipeline')
+    known = sources[0].part is None or _takes(sources[0], 'class_labels') # a model is refused below
+    if against is None and not known: raise blind # before any image is drawn
     found = [_draw(load_pipeline(s), n, desc=s.path.name, **settings) for s in sources]
     result = _judge(*found[0], *[images for images, _ in found[1:]])
     if len(result) > 1: return result
-    raise ValueError('for this model there is nothing to measure without a reference; give --against, e.g. '
-                     'the dense pipeline')
+    raise blind
 
 # %% ../nbs/12_command/40_cli.ipynb #fdba25ba
 def _evaluate_benchmark(ckpt, out, protocol, model, judges, as_json):

@@ -164,8 +164,7 @@ def load_pipeline(
     ours = name == 'ClassConditionalLDMPipeline'
     cls = aquatic_nb.zoo.ClassConditionalLDMPipeline if ours else DiffusionPipeline
     aquatic_nb.format.StoredModel(aquatic_nb.format.weight_files(source.model_path, source.variant))
-    pipe = cls.from_pretrained(source.path, local_files_only=True, use_safetensors=True,
-                               variant=source.variant, torch_dtype=torch.float32)
+    pipe = cls.from_pretrained(source.path, local_files_only=True, use_safetensors=True, variant=source.variant)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -176,8 +175,7 @@ def load_source(
     "Load a model, with the pipeline around it where there is one."
     if source.part is not None: return (pipe := load_pipeline(source)), getattr(pipe, source.part)
     hub, config = aquatic_nb.hub, source.config
-    if config is None:
-        model = hub.load_quantized(source.path, variant=source.variant, torch_dtype=torch.float32)
+    if config is None: model = hub.load_quantized(source.path, variant=source.variant)
     else:
         read = hub.model_class(config).from_single_file
         model = read(str(source.path), config=str(config), local_files_only=True).float()

@@ -1,6 +1,6 @@
 """The command line as a person or a script meets it: results on stdout, messages on stderr, exit codes, nothing overwritten."""
 import aquatic_nb # first: torchvision may lack its operators
-import json, re, signal, subprocess, sys, time
+import json, os, re, signal, subprocess, sys, time
 from pathlib import Path
 
 import pytest
@@ -9,6 +9,9 @@ from diffusers import UNet2DModel
 
 from aquatic_nb import cli
 from aquatic_nb.core import work_lock
+from aquatic_nb.hub import load_quantized
+from aquatic_nb.layers import packed_layers
+from aquatic_nb.pack import WorkDir
 from aquatic_nb.walk import SAMPLING_GUIDANCE
 from packed_models import class_pipe, conditional, ddpm, plain
 
@@ -59,7 +62,6 @@ def test_quantize_a_model_folder(tmp_path, capsys):
 
 def test_activations(tmp_path, capsys):
     from aquatic_nb.act import act_layers
-    from aquatic_nb.hub import load_quantized
     conditional().save_pretrained(tmp_path/'dense')
     code, out, err = aquatic(capsys, 'quantize', tmp_path/'dense', tmp_path/'small', '--bits', '6', '--act-bits', '8', '--trajectories', '2', '--uniform')
     assert code == 0, err
@@ -211,11 +213,10 @@ def test_doors_are_rooms():
 
 def test_help_is_quick():
     "Nothing heavy is imported but torch, for help and for the version."
-    code = "import sys; from aquatic_nb import cli\ntry: cli.main([sys.argv[1]])\nexcept SystemExit: pass\n" \
+    code = "import sys; from aquatic_nb import cli\nfor command in ('--help', 'version'):\n    try: cli.main([command])\n    except SystemExit: pass\n" \
            "print([o for o in ('diffusers', 'numba', 'pandas', 'matplotlib', 'torch_fidelity', 'accelerate') if o in sys.modules])"
-    for command in ('--help', 'version'):
-        found = subprocess.run([sys.executable, '-c', code, command], capture_output=True, text=True, check=True)
-        assert found.stdout.strip().endswith('[]'), found.stdout
+    found = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
+    assert 'quantize' in found.stdout and found.stdout.strip().endswith('[]'), found.stdout
 
 def test_bars_move(capsys):
     "A stage that says nothing has a clock that is drawn again."
@@ -230,19 +231,23 @@ def test_demo_says_how_long_it_takes():
     said = cli._announcement(dict(bits=2., tune=2.), 200, 7.6)
     assert '200 images' in said and '2 bits' in said and 'About 8 minutes here' in said and '\n' not in said
 
-def test_interrupt_can_be_resumed(pipe_folder, tmp_path):
-    "Ctrl-C in the middle: code 130, a message that says how to go on, and the same bytes in the end."
-    cmd = [sys.executable, '-c', 'from aquatic_nb.cli import main; main()', 'quantize', str(pipe_folder), str(tmp_path/'dst'), *QUICK]
-    run = subprocess.Popen(cmd, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    work, end = tmp_path/'dst.work', time.time() + 120
-    while len(list(work.glob('*.safetensors'))) < 3 and run.poll() is None and time.time() < end: time.sleep(.02)
-    run.send_signal(signal.SIGINT)
-    out, err = run.communicate(timeout=120)
-    if run.returncode != 0: # it may have been quicker than we
-        assert run.returncode == 130 and 'run the same command again' in err and work.exists() and not (tmp_path/'dst').exists(), err[-800:]
-        assert subprocess.run(cmd, capture_output=True).returncode == 0
-    with pytest.raises(SystemExit): cli.main(['quantize', str(pipe_folder), str(tmp_path/'whole'), *QUICK])
-    for f in (tmp_path/'whole').rglob('*.safetensors'): assert f.read_bytes() == (tmp_path/'dst'/f.relative_to(tmp_path/'whole')).read_bytes()
+def test_interrupt_can_be_resumed(packed, pipe_folder, tmp_path, capsys, monkeypatch):
+    "Ctrl-C after the third layer: code 130, a message that says how to go on, and the bytes of an unbroken run in the end."
+    put, made = WorkDir.put, []
+    def interrupted(self, *args):
+        put(self, *args)
+        made.append(args[0])
+        if len(made) == 3: os.kill(os.getpid(), signal.SIGINT)
+    command = ['quantize', pipe_folder, tmp_path/'dst', *QUICK]
+    with monkeypatch.context() as patch:
+        patch.setattr(WorkDir, 'put', interrupted)
+        code, out, err = aquatic(capsys, *command)
+    assert code == 130 and out == '' and 'run the same command again' in err and err.endswith('aquatic: interrupted\n'), err[-800:]
+    assert len(made) < len(list(packed_layers(load_quantized(packed/'unet')))) and (tmp_path/'dst.work').exists() and not (tmp_path/'dst').exists()
+    code, out, err = aquatic(capsys, *command)
+    assert code == 0 and 'going on with' in err and not (tmp_path/'dst.work').exists(), err[-800:]
+    files = sorted(packed.rglob('*.safetensors'))
+    assert files and all(f.read_bytes() == (tmp_path/'dst'/f.relative_to(packed)).read_bytes() for f in files)
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
