@@ -164,7 +164,8 @@ def load_pipeline(
     ours = name == 'ClassConditionalLDMPipeline'
     cls = aquatic_nb.zoo.ClassConditionalLDMPipeline if ours else DiffusionPipeline
     aquatic_nb.format.StoredModel(aquatic_nb.format.weight_files(source.model_path, source.variant))
-    pipe = cls.from_pretrained(source.path, local_files_only=True, use_safetensors=True, variant=source.variant)
+    options = dict(variant=source.variant, local_files_only=True, use_safetensors=True)
+    pipe = cls.from_pretrained(source.path, **options)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
