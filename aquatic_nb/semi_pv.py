@@ -21,7 +21,7 @@ from .tune.layers import ROLES, as_groups, opened_layers
 def param_groups(
     model:nn.Module,      # a model with opened layers
     lr:float=1e-3,        # of codebooks, in units of the parameter
-    code_lr:float=.3,     # how far codes look, in RMS of the weight; 0 freezes them
+    code_lr:float=0.,     # how far codes look, in RMS of the weight; 0 freezes them
     betas=(.9, .95),      # Adam's, for continuous parameters
     code_betas=(.98, .95),# memory of the codes' average, and of what it varies by
     lrs:dict=None,        # role -> learning rate, to override single roles

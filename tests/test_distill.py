@@ -255,7 +255,8 @@ def test_a_killed_run_keeps_its_clock_and_its_number_of_steps(packed, teacher, t
 
 def test_pace_of_a_fixed_number_of_steps_and_of_minutes_agree():
     for k in range(1, 200):
-        now, pace = [0.], Pace(minutes=1, warmup=3, clock=lambda: now[0])
+        now = [0.]
+        pace = Pace(minutes=1, warmup=3, clock=lambda: now[0])
         factors, step = [], 0
         while pace.goes_on(step): factors.append(pace.factor(step)); step += 1; now[0] += 60/(k + .5)
         fixed = Pace(steps=pace.total, warmup=3)

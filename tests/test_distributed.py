@@ -58,7 +58,7 @@ def main(task, out):
     if task == 'encode': model = encoded(out/'layers' if state.is_main_process else None, ldm4.Spread(state))
     else:
         walks, held, model = teacher()
-        config = TUNE if task == 'tune' else replace(TUNE, steps=None, minutes=1e-3)
+        config = TUNE if task == 'tune' else replace(TUNE, steps=None, minutes=.25)
         if task == 'minutes' and state.process_index: tuning.Pace.goes_on = lambda self, step: 1/0 # its clock is not asked
         log = ldm4.distill_ranks(model, walks, config, held, checkpoint=out/'tuning.pt', every_minutes=0, run=Run(progress=False))
     torch.save(dict(model=model.state_dict(), log=log), out/f'rank{state.process_index}.pt')

@@ -199,7 +199,7 @@ def test_links_lead_somewhere(site):
     with tempfile.TemporaryDirectory() as folder:
         bad = Path(folder)/'site'
         shutil.copytree(site, bad)
-        (bad/'aq.html').write_text((bad/'aq.html').read_text(encoding='utf-8') + '<a href="nowhere.html">x</a><a href="index.html#no-such-place">x</a><script src="https://example.org/x.js"></script>', encoding='utf-8')
+        next(bad.rglob('aq.html')).write_text(next(bad.rglob('aq.html')).read_text(encoding='utf-8') + '<a href="nowhere.html">x</a><a href="index.html#no-such-place">x</a><script src="https://example.org/x.js"></script>', encoding='utf-8')
         said = subprocess.run([*check, bad], cwd=root, capture_output=True, text=True, timeout=120)
     assert said.returncode and all(o in said.stderr for o in ('nowhere.html', 'no-such-place', 'example.org')), said.stderr
 
@@ -230,10 +230,10 @@ def test_every_page_renders(site, url, browser):
 def test_the_checks_can_fail(url, browser):
     "What the test above looks for is noticed where it is put into a page by hand."
     browser.size(390, 850)
-    browser.go(url + 'aq.html')
+    browser.go(url + '01_theory/aq.html')
     browser.js("""document.querySelector('main').insertAdjacentHTML('beforeend', '<p>so $x_1$ is</p><p class="odd" style="color: #ddd; background: #fff">faint</p><img src="no.png"><div style="width: 900px">wide</div>');
         document.querySelector('main .math').innerHTML = 'x'; console.error('oh'); new Promise(done => setTimeout(done, 200))""")
-    said = '\n'.join(problems_of('aq.html', browser.js(LOOK))) + '\n'.join(browser.complaints(url)) + str(browser.js(WIDE))
+    said = '\n'.join(problems_of('01_theory/aq.html', browser.js(LOOK))) + '\n'.join(browser.complaints(url)) + str(browser.js(WIDE))
     for o in ('$x_1$', 'shown', 'no.png', 'faint', 'oh', 'wide'): assert o in said, (o, said)
 
 FIND = """(async name => {
@@ -253,7 +253,7 @@ def test_search_finds(site, url, browser):
     for page in pages(site):
         browser.go(url + page)
         hits = browser.js(f"{FIND}('quantize_unet')")
-        assert any(o.startswith(url + 'quant.html') for o in hits), (page, hits)
+        assert any(o.startswith(url + '09_door/quant.html') for o in hits), (page, hits)
         assert all((site/o[len(url):].split('#')[0].split('?')[0]).exists() for o in hits), (page, hits)
     browser.go(url + 'index.html')
     assert not any('quant.html' in o for o in browser.js(f"{FIND.replace('100', '10')}('qxzvw')"))
@@ -262,14 +262,14 @@ def test_search_reaches_all_functions(site):
     "Each entry of the page of all functions is in the index of the search, with its own anchor."
     if not (site/'search.json').exists(): pytest.skip('this build keeps its index elsewhere')
     index = {o['href'] for o in json.loads((site/'search.json').read_text(encoding='utf-8'))}
-    entries = set(re.findall(r'href="(?:\./)?(\w+\.html#\w+)"><code', (site/'api.html').read_text(encoding='utf-8')))
+    entries = set(re.findall(r'href="(?:\./)?([\w/]+\.html#\w+)"><code', (site/'api.html').read_text(encoding='utf-8')))
     assert len(entries) > 300
     assert not entries - index, sorted(entries - index)[:10]
 
 def test_works_from_the_disk(site, browser):
     "Opened as a file, without a server: formulas and the search."
     browser.size(1300, 900)
-    browser.go((site/'aq.html').as_uri())
+    browser.go((site/'01_theory'/'aq.html').as_uri())
     seen = browser.js(LOOK)
     assert seen['formulas'] == seen['shown'] > 10
     assert any('quant.html' in o for o in browser.js(f"{FIND}('quantize_unet')"))

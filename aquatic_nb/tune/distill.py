@@ -388,7 +388,7 @@ class TuneConfig:
     batch:int=16          # samples of a step (with guidance each is run with its condition and without)
     mode:str='iid'        # 'walk' or 'iid'
     lr:float=1e-3         # see `param_groups`
-    code_lr:float=.3      # how far codes look, see `SeMIPV`; 0: frozen codes
+    code_lr:float=0.      # how far codes look, see `SeMIPV`; 0: frozen codes
     lrs:dict=None         # learning rates of single roles
     betas:tuple=(.9, .95)
     code_betas:tuple=(.98, .95)
@@ -662,7 +662,7 @@ def useful(self:Tuner):
     "TooSlow where the time is enough for a few steps only."
     p = self.pace
     if p.budget is None or p.total is not None or self.step < 2: return
-    if (n := p.expected(self.step)) < _USEFUL:
+    if (n := p.expected(self.step)) is not None and n < _USEFUL:
         raise TooSlow(f'{p.budget/60:g} minutes are enough for {n} steps only, {_USEFUL} would be the least')
 
 @patch
