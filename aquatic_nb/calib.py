@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .core import Run, generator, in_order
@@ -252,39 +253,45 @@ class _Catch:
         self.hooks = [m.register_forward_pre_hook(self.hook(n), with_kwargs=True) for n,
                       m in self.layers.items()]
 
-    def hook(self, name):
-        return lambda mod, args, kwargs: self.see(name, mod, args[0] if args else next(iter(kwargs.values())))
+# %% ../nbs/03_encoder/09_calib.ipynb #7eca07b9
+@patch
+def hook(self:_Catch, name):
+    return lambda mod, args, kwargs: self.see(name, mod, args[0] if args else next(iter(kwargs.values())))
 
-    def see(self, name, mod, x):
-        st = self.now
-        if not st.on: return
-        geometry = (getattr(mod, k, 0) for k in ('kernel_size', 'stride', 'padding', 'dilation', 'groups'))
-        key = (x.data_ptr(), tuple(x.shape), *geometry)
-        if key in st.seen: st.alias[name] = st.seen[key][0]
-        else:
-            st.seen[key], st.alias[name] = (name,
-                                            # x is kept, so its address can't be used again in this pass
-                                            x), name
-            n = max(1, self.budget(mod)//st.of)
-            total = x.numel()//x.shape[-1] if isinstance(mod, nn.Linear) else _positions(mod, x)
-            pick = None
-            if total > n:
-                pick = torch.randperm(total, generator=generator(self.seed, name, st.call))[:n].to(x.device)
-            st.rows[name] = input_rows(mod, x, pick)
-        st.left.discard(name)
-        if not st.left: raise _Stop
+@patch
+def see(self:_Catch, name, mod, x):
+    st = self.now
+    if not st.on: return
+    geometry = (getattr(mod, k, 0) for k in ('kernel_size', 'stride', 'padding', 'dilation', 'groups'))
+    key = (x.data_ptr(), tuple(x.shape), *geometry)
+    if key in st.seen: st.alias[name] = st.seen[key][0]
+    else:
+        st.seen[key], st.alias[name] = (name,
+                                        # x is kept, so its address can't be used again in this pass
+                                        x), name
+        n = max(1, self.budget(mod)//st.of)
+        total = x.numel()//x.shape[-1] if isinstance(mod, nn.Linear) else _positions(mod, x)
+        pick = None
+        if total > n:
+            pick = torch.randperm(total, generator=generator(self.seed, name, st.call))[:n].to(x.device)
+        st.rows[name] = input_rows(mod, x, pick)
+    st.left.discard(name)
+    if not st.left: raise _Stop
 
-    def run(self, call, at, of):
-        st = self.now
-        st.begin(self.layers, at, of)
-        try:
-            with torch.no_grad(): self.model(**call)
-        except _Stop: pass
-        finally: st.on, st.seen = False, {}
-        return st.rows, st.alias
+# %% ../nbs/03_encoder/09_calib.ipynb #328068cb
+@patch
+def run(self:_Catch, call, at, of):
+    st = self.now
+    st.begin(self.layers, at, of)
+    try:
+        with torch.no_grad(): self.model(**call)
+    except _Stop: pass
+    finally: st.on, st.seen = False, {}
+    return st.rows, st.alias
 
-    def close(self):
-        for h in self.hooks: h.remove()
+@patch
+def close(self:_Catch):
+    for h in self.hooks: h.remove()
 
 # %% ../nbs/03_encoder/09_calib.ipynb #1367f8bb
 def _positions(conv, x):

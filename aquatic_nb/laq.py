@@ -181,27 +181,30 @@ class _Analysis:
         self.key = digest(self.mark, calls.mark(), {n: list(map(str, m)) for n, m in self.menus.items()},
                           held_out, run.seed)
 
-    def fitting_sets(self):
-        "Sets of layers that may share, where their moments fit into one wave."
-        found = share_sets({n: self.layers[n] for n in self.order})
-        return {key: mates for key, mates in found.items() if any(set(mates) <= set(w) for w in self.waves)}
+# %% ../nbs/05_bits/16_laq.ipynb #1012f7bc
+@patch
+def fitting_sets(self:_Analysis):
+    "Sets of layers that may share, where their moments fit into one wave."
+    found = share_sets({n: self.layers[n] for n in self.order})
+    return {key: mates for key, mates in found.items() if any(set(mates) <= set(w) for w in self.waves)}
 
-    def table(self, cheap, work_dir):
-        "The table; what the folder holds already is not measured again."
-        name = f'laq_{self.key[:16]}{"_cheap" if cheap else ""}.csv'
-        path = None if work_dir is None else Path(work_dir)/name
-        table = _read_cache(path)
-        todo = [n for n in self.order if table.empty or n not in set(table.layer)]
-        if not todo: return _ordered(table, self.names)
-        self.probe = Probe(self.model, self.points, every=2)
-        self.gains = row_gains(self.probe, self.order, seed=self.run.seed)
-        with self.run.bar(total=len(todo), desc='sensitivity') as bar:
-            for rows in self.rows(todo, cheap):
-                new = pd.DataFrame(rows).assign(model=self.mark)
-                table = new if table.empty else pd.concat([table, new], ignore_index=True)
-                if path is not None: write_atomic(path, table.to_csv(index=False).encode())
-                bar.update(new.layer.nunique())
-        return _ordered(table, self.names)
+@patch
+def table(self:_Analysis, cheap, work_dir):
+    "The table; what the folder holds already is not measured again."
+    name = f'laq_{self.key[:16]}{"_cheap" if cheap else ""}.csv'
+    path = None if work_dir is None else Path(work_dir)/name
+    table = _read_cache(path)
+    todo = [n for n in self.order if table.empty or n not in set(table.layer)]
+    if not todo: return _ordered(table, self.names)
+    self.probe = Probe(self.model, self.points, every=2)
+    self.gains = row_gains(self.probe, self.order, seed=self.run.seed)
+    with self.run.bar(total=len(todo), desc='sensitivity') as bar:
+        for rows in self.rows(todo, cheap):
+            new = pd.DataFrame(rows).assign(model=self.mark)
+            table = new if table.empty else pd.concat([table, new], ignore_index=True)
+            if path is not None: write_atomic(path, table.to_csv(index=False).encode())
+            bar.update(new.layer.nunique())
+    return _ordered(table, self.names)
 
 # %% ../nbs/05_bits/16_laq.ipynb #bb31107e
 @patch

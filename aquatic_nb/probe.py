@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 from torch import nn
 
 from .core import generator, single_thread
@@ -135,30 +136,35 @@ class Probe:
 
     def answers(self, model): return [c.guided(answer(model, c)).float() for c, _ in self.merged]
 
-    @torch.no_grad()
-    def by_step(self, change, model=None):
-        "Mean squared change of the answer at each step, on the inputs of the full-precision walk."
-        found, model = [], self.model if model is None else model
-        with single_thread(), weights_changed(model, change):
-            for (_, spans), truth, out in zip(self.merged, self.truth, self.answers(model)):
-                err = (out - truth).pow(2).flatten(1).mean(1)
-                found += [float(err[a:b].mean()) for a, b in spans]
-        return [float(np.mean([e for e, s in zip(found, self.calls) if s == at]))
-                for at in sorted(set(self.calls))]
-
-    @torch.no_grad()
-    def at_end(self, change):
-        "Mean squared change of the sample at the end of the walk; None where the calls cannot be run again."
-        if not self.points.runs: return None
-        with single_thread(): end = self.points.again(model=self.model)
-        with single_thread(), weights_changed(self.model, change):
-            return float((self.points.again(model=self.model) - end).pow(2).mean())
-
-    def judge(self, change):
-        "Damage of a change: its mean squared effect on the answer, each step by what it is worth."
-        return self.mean(self.by_step(change))
-
     def mean(self, by_step): return float(np.mean(self.weights*by_step))
+
+# %% ../nbs/05_bits/14_probe.ipynb #3121dede
+@patch
+@torch.no_grad()
+def by_step(self:Probe, change, model=None):
+    "Mean squared change of the answer at each step, on the inputs of the full-precision walk."
+    found, model = [], self.model if model is None else model
+    with single_thread(), weights_changed(model, change):
+        for (_, spans), truth, out in zip(self.merged, self.truth, self.answers(model)):
+            err = (out - truth).pow(2).flatten(1).mean(1)
+            found += [float(err[a:b].mean()) for a, b in spans]
+    return [float(np.mean([e for e, s in zip(found, self.calls) if s == at]))
+            for at in sorted(set(self.calls))]
+
+@patch
+@torch.no_grad()
+def at_end(self:Probe, change):
+    "Mean squared change of the sample at the end of the walk; None where the calls cannot be run again."
+    if not self.points.runs: return None
+    with single_thread(): end = self.points.again(model=self.model)
+    with single_thread(), weights_changed(self.model, change):
+        return float((self.points.again(model=self.model) - end).pow(2).mean())
+
+# %% ../nbs/05_bits/14_probe.ipynb #3d9ee11e
+@patch
+def judge(self:Probe, change):
+    "Damage of a change: its mean squared effect on the answer, each step by what it is worth."
+    return self.mean(self.by_step(change))
 
 # %% ../nbs/05_bits/14_probe.ipynb #62ff27ce
 def _time_of(calls, step):

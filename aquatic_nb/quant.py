@@ -207,31 +207,35 @@ class _Job:
         self.mark = digest(settings.mark(), {n: m.weight for n, m in packable(model).items()}, given is None
                            or [list(o) for o in given])
 
-    def run(self, work_dir, device):
-        "All stages, with the folder locked and the model where it should compute."
-        home = next(self.model.parameters()).device
-        if device is not None: self.model.to(device)
-        self.model.eval()
-        if next(self.model.parameters()).is_cuda: self.shared_run = replace(self.shared_run, workers=1)
-        with work_lock(work_dir) if work_dir is not None else nullcontext():
-            self.work = WorkDir(work_dir, self.mark)
-            self.stages()
-        return self.model.to(home)
+# %% ../nbs/09_door/23_quant.ipynb #1dfdda2b
+@patch
+def run(self:_Job, work_dir, device):
+    "All stages, with the folder locked and the model where it should compute."
+    home = next(self.model.parameters()).device
+    if device is not None: self.model.to(device)
+    self.model.eval()
+    if next(self.model.parameters()).is_cuda: self.shared_run = replace(self.shared_run, workers=1)
+    with work_lock(work_dir) if work_dir is not None else nullcontext():
+        self.work = WorkDir(work_dir, self.mark)
+        self.stages()
+    return self.model.to(home)
 
-    def stages(self):
-        s, run, model = self.settings, self.shared_run, self.model
-        calls = None if self.calibration is None else run.spread.once(self.calibrate)
-        if calls is not None: self.work.check('inputs', calls.mark())
-        schemes, worth = run.spread.once(lambda: self.choose(calls))
-        few = None if calls is None else thinned(calls, _PER_STEP)
-        done = encode_model(model, schemes, few, dict(beam=s.beam, sweeps=s.sweeps), self.work, s.sequential,
-                            worth=worth, run=run)
-        dense = None if s.tune is None else copy.deepcopy(model).requires_grad_(False)
-        pack(model, done)
-        inner = [n for n in packed_layers(model) if n not in ('conv_in', 'conv_out')]
-        if s.act_bits is not None: attach_act(model, s.act_bits, few, layers=inner, seed=s.seed)
-        if dense is not None: self.tune(dense, calls)
-        attach(model, bits=s.bits)
+# %% ../nbs/09_door/23_quant.ipynb #6e89a4e9
+@patch
+def stages(self:_Job):
+    s, run, model = self.settings, self.shared_run, self.model
+    calls = None if self.calibration is None else run.spread.once(self.calibrate)
+    if calls is not None: self.work.check('inputs', calls.mark())
+    schemes, worth = run.spread.once(lambda: self.choose(calls))
+    few = None if calls is None else thinned(calls, _PER_STEP)
+    done = encode_model(model, schemes, few, dict(beam=s.beam, sweeps=s.sweeps), self.work, s.sequential,
+                        worth=worth, run=run)
+    dense = None if s.tune is None else copy.deepcopy(model).requires_grad_(False)
+    pack(model, done)
+    inner = [n for n in packed_layers(model) if n not in ('conv_in', 'conv_out')]
+    if s.act_bits is not None: attach_act(model, s.act_bits, few, layers=inner, seed=s.seed)
+    if dense is not None: self.tune(dense, calls)
+    attach(model, bits=s.bits)
 
 # %% ../nbs/09_door/23_quant.ipynb #14bebd5c
 @patch

@@ -210,7 +210,7 @@ def timed(packed, unet, minutes, each, later=None, **kw):
 
 @pytest.mark.parametrize('each', [.3, .8])
 def test_minutes_hold_on_fast_and_slow_machines(packed, unet, each):
-    _, log, clock = timed(packed, unet, 2, each, code_lr=0.) # the clock is asked here, not the codes
+    _, log, clock = timed(packed, unet, 2, each, code_lr=.3, trust_ratio=2e-3) # small moves: a tenth of the codes at once spoils so short a run
     assert 20 <= log[-1]['step'] == log[-1]['planned'] and 90 < clock.now < 130
     assert log[-1]['kept'] != 'start'
 
@@ -254,7 +254,7 @@ def test_a_killed_run_keeps_its_clock_and_its_number_of_steps(packed, teacher, t
 
 
 def test_pace_of_a_fixed_number_of_steps_and_of_minutes_agree():
-    for k in range(20, 200): # fewer than twenty steps are refused as too slow
+    for k in range(1, 200):
         now = [0.]
         pace = Pace(minutes=1, warmup=3, clock=lambda: now[0])
         factors, step = [], 0

@@ -23,7 +23,7 @@ from ldm4_worker import tiny_pipe
 
 pytestmark = pytest.mark.timeout(1200) # several launches each, and a busy machine takes its time over imports
 QUICK = dict(laq=False, sweeps=1, beam=2, workers=1, progress=False)
-TUNE = TuneConfig(steps=6, batch=4, code_every=2, warmup=1, held_every=2, seed=5)
+TUNE = TuneConfig(bf16=False, steps=6, batch=4, code_every=2, warmup=1, held_every=2, seed=5)
 
 
 def encoded(work_dir=None, spread=None, **kwargs):

@@ -219,18 +219,21 @@ class Teacher:
         self.settings = dict(batch=batch, steps=steps, seed=seed, **options)
         self.source, self.disk_mark, self.known = source, None, None
 
-    def make(self, i) -> list: # kept calls
-        "Walk number i, made anew."
-        return _thin(self.make_walk(i, generator(self.seed, 'teacher', i)))
+# %% ../../nbs/07_tuning/20_distill.ipynb #a4567096
+@patch
+def make(self:Teacher, i) -> list: # kept calls
+    "Walk number i, made anew."
+    return _thin(self.make_walk(i, generator(self.seed, 'teacher', i)))
 
-    def walk(self, i:int) -> Recording:
-        "Walk number i of the pool."
-        i = i % self.n_walks
-        if i in self.kept: return self.kept[i]
-        kept = self.make(i) if self.folder is None or self.nbytes >= self.limit else self.from_disk(i)
-        size, walk = _size(kept), _thick(kept)
-        if self.nbytes + size <= self.limit: self.kept[i], self.nbytes = walk, self.nbytes + size
-        return walk
+@patch
+def walk(self:Teacher, i:int) -> Recording:
+    "Walk number i of the pool."
+    i = i % self.n_walks
+    if i in self.kept: return self.kept[i]
+    kept = self.make(i) if self.folder is None or self.nbytes >= self.limit else self.from_disk(i)
+    size, walk = _size(kept), _thick(kept)
+    if self.nbytes + size <= self.limit: self.kept[i], self.nbytes = walk, self.nbytes + size
+    return walk
 
 # %% ../../nbs/07_tuning/20_distill.ipynb #44936c9a
 @patch(as_prop=True)
@@ -452,7 +455,9 @@ def goes_on(self:Pace, step:int) -> bool:
     if self.first is None: self.first = (self.spent, step)
     spent, end = self.spent, self.budget - self.reserve
     each = (spent - self.first[0])/(step - self.first[1]) if step > self.first[1] else 0.
-    if self.total is None and step and spent + each >= .6*end: self.total = max(step + 1, step*5//3)
+    if self.total is None and step and spent + each >= .6*end:
+        fits = int(max(0., end - spent)/each) if each else 1        # what the time left allows
+        self.total = step + min(fits, max(1, step*2//3))
     return spent + each <= end and (self.total is None or step < self.total)
 
 @patch

@@ -107,21 +107,26 @@ class TunedLayer(OpenLayer):
         self.together.append(self)
         self.decode()
 
-    @property
-    def leads(self) -> bool: return self.together[0] is self
-    @property
-    def integer(self) -> bool: return self.scheme.kind == 'uniform' # fixed codebook of whole numbers
-    @property
-    def bias(self): return self.packed.bias
-    @property
-    def act(self): return self.packed.act
-
-    def forward(self, x):
-        x = x if self.act is None else self.act(x)
-        mixed = torch.is_autocast_enabled(x.device.type) # casts the weight itself
-        return self.packed.dense(x, self.weight if mixed else self.weight.to(x.dtype))
-
     def extra_repr(self): return f'{self.shape}, {self.scheme}, opened'
+
+# %% ../../nbs/07_tuning/18_tuned.ipynb #d5deb2dd
+@patch(as_prop=True)
+def leads(self:TunedLayer) -> bool: return self.together[0] is self
+
+@patch(as_prop=True)
+def integer(self:TunedLayer) -> bool: return self.scheme.kind == 'uniform' # fixed codebook of whole numbers
+
+@patch(as_prop=True)
+def bias(self:TunedLayer): return self.packed.bias
+
+@patch(as_prop=True)
+def act(self:TunedLayer): return self.packed.act
+
+@patch
+def forward(self:TunedLayer, x):
+    x = x if self.act is None else self.act(x)
+    mixed = torch.is_autocast_enabled(x.device.type) # casts the weight itself
+    return self.packed.dense(x, self.weight if mixed else self.weight.to(x.dtype))
 
 # %% ../../nbs/07_tuning/18_tuned.ipynb #8406060a
 @patch
