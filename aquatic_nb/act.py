@@ -141,6 +141,12 @@ def nearest_bucket(
     return (t[:, None].to(centres.device) - centres.float()).abs().argmin(1)
 
 @patch
+def moments(self:ActQuant)->tuple: # numbers; empty where the call has none, or one range serves all
+    "The timesteps that the ranges of this call depend on."
+    t = current_timestep()
+    return () if t is None or len(self.timesteps) == 1 else tuple(t.tolist())
+
+@patch
 def rows(self:ActQuant, x):
     "Scale and zero rows for the call: each [1, H], or [B, H] where the timesteps of the samples differ."
     t = current_timestep()

@@ -117,7 +117,7 @@ def _search_torch(a, C, CH, norms, codes, beam, rounds):
     hyp, score, part = codes.new_zeros(O, 1, 0), a.new_zeros(O, 1), a.new_zeros(O, 1, d)
     for m in range(M):
         cand = score[..., None] + norms[m] - 2*(a[:, None] - part) @ C[m].T        # part is sum(C H)
-        width = min(1 if m == M - 1 else beam, cand[0].numel())
+        width = min(1 if m == M - 1 else beam, cand.flatten(1).shape[1])
         score, i = cand.flatten(1).topk(width, largest=False)
         h, k = i//K, i % K
         hyp = torch.cat([hyp.gather(1, h[..., None].expand(-1, -1, m)), k[..., None].to(codes.dtype)], -1)

@@ -239,9 +239,11 @@ def test_interrupt_can_be_resumed(packed, pipe_folder, tmp_path, capsys, monkeyp
         made.append(args[0])
         if len(made) == 3: os.kill(os.getpid(), signal.SIGINT)
     command = ['quantize', pipe_folder, tmp_path/'dst', *QUICK]
+    before = signal.signal(signal.SIGINT, signal.default_int_handler) # a shell's job in the background ignores it
     with monkeypatch.context() as patch:
         patch.setattr(WorkDir, 'put', interrupted)
-        code, out, err = aquatic(capsys, *command)
+        try: code, out, err = aquatic(capsys, *command)
+        finally: signal.signal(signal.SIGINT, before)
     assert code == 130 and out == '' and 'run the same command again' in err and err.endswith('aquatic: interrupted\n'), err[-800:]
     assert len(made) < len(list(packed_layers(load_quantized(packed/'unet')))) and (tmp_path/'dst.work').exists() and not (tmp_path/'dst').exists()
     code, out, err = aquatic(capsys, *command)

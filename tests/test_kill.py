@@ -34,7 +34,7 @@ def tuned(work):
     from aquatic_nb.quant import quantize_unet
     from aquatic_nb.tune.distill import TuneConfig
     pipe = class_pipe()
-    how = TuneConfig(steps=30, batch=4, mode='walk', selector='A', code_every=2, code_fraction=.05, trust_ratio=.5, warmup=2, held_every=10, seed=5)
+    how = TuneConfig(steps=30, batch=4, mode='walk', selector='A', code_lr=.3, code_every=2, code_fraction=.05, trust_ratio=.5, warmup=2, held_every=10, seed=5)
     return quantize_unet(pipe.unet, 7, calibration=pipe, tune=how, work_dir=work, laq=False, overrides={'*resnets*': (2, 3), '*attn*': (1, 4)}, sweeps=1, beam=2, n_calibration=2, workers=1, progress=False)
 
 def tune(folder, dst):
