@@ -88,6 +88,7 @@ def _guarded(command):
             raise typer.Exit(code) from None
     return run
 
+# %% ../nbs/12_command/40_cli.ipynb #0502ebe8
 def main(
     args=None, # arguments; None: those of the process
 ):
@@ -609,6 +610,7 @@ _DemoFolder = _option(Path, 'Folder for the result.')
 _DemoImages = _option(Optional[int], 'Images to measure with; 200, or 2000 with --full.', min=10)
 _Full = _option(bool, 'More images, and 15 minutes of tuning instead of 2.', '--full')
 
+# %% ../nbs/12_command/40_cli.ipynb #f0687d83
 @app.command()
 @_guarded
 def demo(

@@ -37,6 +37,7 @@ def _lut(lo, hi, worker, z, books, codes, scales, bias, lut, y):
             out, s, b = y[o, a:a + n], scales[o], bias[o]
             for l in range(n): out[l] = out[l]*s + b
 
+# %% ../../nbs/10_kernels/29_lut.ipynb #e5b5bc81
 def lut_product(
     p:Packed,     # the layer
     z:np.ndarray, # float32 [J, d, P]: the inputs of every group, for P output positions
