@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timedelta, timezone
 from functools import partial
+from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
@@ -438,35 +439,25 @@ def results_table(
     return pd.concat([published_rows(), pd.DataFrame(rows)], ignore_index=True)
 
 # %% ../nbs/11_judging/37_ldm4.ipynb #71335d74
-_UNET = dict(in_channels=4, out_channels=4, layers_per_block=2)
 _DIT = dict(sample_size=32, in_channels=4, out_channels=8, num_layers=28, num_attention_heads=16,
             attention_head_dim=72,
             patch_size=2, num_embeds_ada_norm=1000, norm_type='ada_norm_zero', norm_elementwise_affine=False,
             activation_fn='gelu-approximate', attention_bias=True)
-_TEXT_TIME = dict(addition_embed_type='text_time', addition_time_embed_dim=256,
-                  projection_class_embeddings_input_dim=2816)
-
-def _blocks(down): # of a U-Net, from the names of its levels: D without attention, A with it
-    kinds = {'D': ('DownBlock2D', 'UpBlock2D'), 'A': ('CrossAttnDownBlock2D', 'CrossAttnUpBlock2D')}
-    return dict(down_block_types=tuple(kinds[o][0] for o in down),
-                up_block_types=tuple(kinds[o][1] for o in down[::-1]))
+_LDM4 = dict(sample_size=64, in_channels=3, out_channels=3, layers_per_block=2,
+             down_block_types=('DownBlock2D',) + ('CrossAttnDownBlock2D',)*3,
+             up_block_types=('CrossAttnUpBlock2D',)*3 + ('UpBlock2D',), block_out_channels=(192, 384, 576, 960),
+             cross_attention_dim=512, attention_head_dim=1)
 
 # %% ../nbs/11_judging/37_ldm4.ipynb #beb0edb6
+def _shipped(name):
+    "The description of a U-Net that the package holds."
+    found = files('aquatic_nb')/'assets'/'configs'/name/'unet'/'config.json'
+    return {k: v for k, v in json.loads(found.read_text(encoding='utf-8')).items() if not k.startswith('_')}
+
 CONFIGS = { # class of diffusers, its arguments, text or class tokens, and the public number of parameters
-    'LDM-4': dict(cls='UNet2DConditionModel', tokens=1, parameters=400_920_579,
-                  config=_UNET | _blocks('DAAA') | dict(
-        sample_size=64, in_channels=3, out_channels=3, block_out_channels=(192, 384, 576, 960),
-                                                        cross_attention_dim=512,
-        attention_head_dim=1)),
-    'SD 1.5': dict(cls='UNet2DConditionModel', tokens=77, parameters=859_520_964,
-                   config=_UNET | _blocks('AAAD') | dict(
-        sample_size=64, block_out_channels=(320, 640, 1280, 1280), cross_attention_dim=768,
-                                                         attention_head_dim=8)),
-    'SDXL': dict(cls='UNet2DConditionModel', tokens=77, parameters=2_567_463_684,
-                 config=_UNET | _blocks('DAA') | _TEXT_TIME | dict(
-        sample_size=128, block_out_channels=(320, 640, 1280), cross_attention_dim=2048,
-                                                                   attention_head_dim=(5, 10, 20),
-        transformer_layers_per_block=(1, 2, 10), use_linear_projection=True)),
+    'LDM-4': dict(cls='UNet2DConditionModel', tokens=1, parameters=400_920_579, config=_LDM4),
+    'SD 1.5': dict(cls='UNet2DConditionModel', tokens=77, parameters=859_520_964, config=_shipped('sd15')),
+    'SDXL': dict(cls='UNet2DConditionModel', tokens=77, parameters=2_567_463_684, config=_shipped('sdxl')),
     'DiT-XL/2': dict(cls='DiTTransformer2DModel', tokens=0, parameters=749_826_464, config=_DIT)}
 
 # %% ../nbs/11_judging/37_ldm4.ipynb #d0a1b871

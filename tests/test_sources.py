@@ -165,8 +165,8 @@ def test_shipped_descriptions(name, parameters):
     folder = sources.find_source.__globals__['_config_folder'](name)
     model = sources.empty_model(sources.Source(folder))
     assert sum(p.numel() for p in model.parameters()) == parameters and all(p.is_meta for p in model.parameters())
-    same = ldm4.CONFIGS[dict(sd15='SD 1.5', sdxl='SDXL')[name]]['config']
-    assert all(model.config[k] == (list(v) if isinstance(v, tuple) else v) or tuple(model.config[k]) == v for k, v in same.items())
+    same = ldm4.meta_model(dict(sd15='SD 1.5', sdxl='SDXL')[name])
+    assert dict(same.config) == {k: v for k, v in model.config.items() if k != '_class_name'} and [o.shape for o in same.parameters()] == [o.shape for o in model.parameters()]
     found = json.loads((folder.parent/'scheduler'/'scheduler_config.json').read_text())
     assert (found['beta_schedule'], found['beta_start'], found['beta_end']) == ('scaled_linear', .00085, .012)
 
