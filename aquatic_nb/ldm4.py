@@ -445,8 +445,8 @@ _DIT = dict(sample_size=32, in_channels=4, out_channels=8, num_layers=28, num_at
             activation_fn='gelu-approximate', attention_bias=True)
 _LDM4 = dict(sample_size=64, in_channels=3, out_channels=3, layers_per_block=2,
              down_block_types=('DownBlock2D',) + ('CrossAttnDownBlock2D',)*3,
-             up_block_types=('CrossAttnUpBlock2D',)*3 + ('UpBlock2D',), block_out_channels=(192, 384, 576, 960),
-             cross_attention_dim=512, attention_head_dim=1)
+             up_block_types=('CrossAttnUpBlock2D',)*3 + ('UpBlock2D',),
+             block_out_channels=(192, 384, 576, 960), cross_attention_dim=512, attention_head_dim=1)
 
 # %% ../nbs/11_judging/37_ldm4.ipynb #beb0edb6
 def _shipped(name):
