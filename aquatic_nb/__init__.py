@@ -45,6 +45,14 @@ def _register_backend_name(auto):
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault('aquatic', _NoConfig)
 
 
+def _register_finish(pack):
+    "Let `quantize` end with a model that diffusers can save; where diffusers is absent, so are its models."
+    def finish(model, bits):
+        from .hub import attach
+        attach(model, bits)
+    pack.FINISH.append(finish)
+
+
 def _register_kernels(layers):
     "Import the rooms whose kernels packed layers can run on: the CPU's, and the GPU's where there is one."
     from . import cpu  # noqa: F401
@@ -53,6 +61,7 @@ def _register_kernels(layers):
 
 core.when_imported('diffusers.quantizers.auto', _register_backend)         # from_pretrained knows packed models
 core.when_imported('transformers.quantizers.auto', _register_backend_name) # pipelines know the name
+core.when_imported(f'{__name__}.pack', _register_finish)                     # a quantized model is one that diffusers saves
 core.when_imported(f'{__name__}.layers', _register_kernels)                # packed layers find the fast kernels
 
 _DOORS = dict(samples='eval.samples', **{o: o for o in (

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from scipy.optimize import Bounds, LinearConstraint, milp
+import scipy   # its parts are loaded when they are named
 from torch import nn
 
 from .aq import codebook_bytes, parse_scheme, stored_bytes
@@ -137,11 +137,13 @@ def _solve(problem, room, nodes):
     one[owner, np.arange(n)] = 1
     need[np.arange(len(use)), use], need[np.arange(len(use)), n + held[use].astype(int)] = 1, -1
     sizes = np.concatenate([size, books])[None]
-    limits = [LinearConstraint(one, 1, 1), LinearConstraint(sizes, -np.inf, room)]
-    if len(use): limits.append(LinearConstraint(need, -np.inf, 0))
+    solver = scipy.optimize
+    limits = [solver.LinearConstraint(one, 1, 1), solver.LinearConstraint(sizes, -np.inf, room)]
+    if len(use): limits.append(solver.LinearConstraint(need, -np.inf, 0))
     aim = np.concatenate([hurt*problem.scale, np.zeros(len(books))])
-    with _aside(): found = milp(aim, integrality=np.ones_like(aim), bounds=Bounds(0, 1), constraints=limits,
-                                options=dict(node_limit=nodes, mip_rel_gap=0))
+    with _aside():
+        found = solver.milp(aim, integrality=np.ones_like(aim), bounds=solver.Bounds(0, 1), constraints=limits,
+                            options=dict(node_limit=nodes, mip_rel_gap=0))
     if found.x is None: return None, found.status == 0
     return [int(k[found.x[:n][owner == g].argmax()]) for g, k in enumerate(keep)], found.status == 0
 

@@ -277,6 +277,9 @@ def pack_uniform(
     size = next(iter(layers.values())).weight.element_size()
     return pack(model, encode_model(model, uniform_plan(shapes, bits, dense_bytes=size), run=run))
 
+# %% ../nbs/06_packing/17_pack.ipynb #7c1de021
+FINISH = []   # functions of (model, bits asked for), called when everything is packed and tuned
+
 # %% ../nbs/06_packing/17_pack.ipynb #6742548e
 def _row(name, module, sizes):
     "One line of the report; None for what is no convolution and no linear layer."

@@ -22,12 +22,11 @@ from .act import attach_act
 from .aq import stored_bytes
 from .calib import calibration_batches
 from .core import Alone, Run, digest, single_thread, work_lock
-from .hub import attach
 from .kaq import layer_kind, match_layers, packable, why_dense
 from .knapsack import allocate, bits_to_bytes
 from .laq import sensitivity, worth_of
 from .layers import packed_layers
-from .pack import WorkDir, encode_model, pack, quant_report, uniform_plan
+from .pack import FINISH, WorkDir, encode_model, pack, quant_report, uniform_plan
 from .probe import split_points, thinned, timestep_weights
 from .tune.distill import TuneConfig, tune_model
 
@@ -235,7 +234,7 @@ def stages(self:_Job):
     inner = [n for n in packed_layers(model) if n not in ('conv_in', 'conv_out')]
     if s.act_bits is not None: attach_act(model, s.act_bits, few, layers=inner, seed=s.seed)
     if dense is not None: self.tune(dense, calls)
-    attach(model, bits=s.bits)
+    for finish in FINISH: finish(model, s.bits)
 
 # %% ../nbs/09_door/23_quant.ipynb #14bebd5c
 @patch

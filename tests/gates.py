@@ -120,7 +120,7 @@ def check_wheel(told, site):
 
 def pytests():
     "What crosses modules. Last, so that its closing line is."
-    run(BIN/'python', '-m', 'pytest', '-q', '-n', 2, '--dist', 'loadfile', 'tests', minutes=PYTEST_MINUTES)
+    run(BIN/'python', '-m', 'pytest', '-q', '-n', 2, '--dist', 'worksteal', '--durations', 15, 'tests', minutes=PYTEST_MINUTES)
 
 GATES = dict(checkout=clean_checkout, clean=clean, export=export, readme=readme, ruff=ruff, notebooks=notebook_tests, docs=docs,
              wheel=wheel, pytest=pytests)
