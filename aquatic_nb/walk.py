@@ -38,6 +38,7 @@ def nested(
     "Apply a function to the tensors in a nested value."
     if torch.is_tensor(v): return f(v, name)
     if isinstance(v, Mapping): return {k: nested(f, o, k) for k, o in v.items()}
+    if hasattr(v, '_fields'): return type(v)(*(nested(f, o, k) for k, o in zip(v._fields, v)))   # a named tuple
     if isinstance(v, (list, tuple)): return type(v)(nested(f, o, name) for o in v)
     return v
 
@@ -219,7 +220,9 @@ def _as_call(model, i, o):
         if p.kind is p.VAR_POSITIONAL and named.pop(p.name, ()):
             raise ValueError(f'calibration: {type(model).__name__}.forward takes *{p.name}; give the '
                              f'arguments by name')
-    return Call({k: v for k, v in named.items() if k != 'return_dict'}, step=i)
+    home = next((p.device for p in model.parameters()), torch.device('meta'))
+    def follow(t, name): return t.to(home) if t.device.type == 'cpu' and home.type != 'meta' else t
+    return Call(nested(follow, {k: v for k, v in named.items() if k != 'return_dict'}), step=i)
 
 # %% ../nbs/02_models/04_walk.ipynb #6ad9c399
 def to_epsilon(

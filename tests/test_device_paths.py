@@ -417,5 +417,4 @@ def test_quantizing_on_the_device_and_back(laq):
     assert model(**call(model))[0].isfinite().all()
 
 
-@pytest.mark.xfail(strict=True, raises=DeviceError, reason="quant.quantize_unet: `if device is not None: unet.to(device)` moves the model, not the caller's calibration inputs")
 def test_calibration_inputs_follow_the_model(): quantized_there('cpu')
