@@ -676,6 +676,7 @@ def _run_demo(out, settings, n):
                  file_bytes=_file_bytes(out/'model'/'unet'),
                  file_bytes_original=_file_bytes(zoo.mini_path('unet')),
                  ram_bytes=sum(p.nbytes for p in packed.unet.parameters()), ram_bytes_original=ram,
+                 kept_bytes=aquatic_nb.cpu.weight_cache(packed.unet)['used'],
                  machine=machine(), settings=settings)
     picture = lambda path: _side_by_side(images, small, labels, path)
     return _write_demo(out, found, quant.quant_report(pipe.unet), picture)
@@ -726,6 +727,7 @@ def _report_text(r):
             ('stored bits over all parameters', 32, r['bits_all']),
             ('file of the U-Net', mb(r['file_bytes_original']), mb(r['file_bytes'])),
             ('U-Net in memory', mb(r['ram_bytes_original']), mb(r['ram_bytes'])),
+            ('beside it, weights kept for speed (`AQUATIC_WEIGHT_CACHE`)', mb(0), mb(r['kept_bytes'])),
             (f'class accuracy, {r["images"]} images', r['accuracy_full_precision'], r['accuracy']),
             ('PSNR against full precision, same seeds, dB', '', r['psnr_db'])]
     layers = f'{r["packed_layers"]} layers packed, {r["dense_layers"]} dense.'

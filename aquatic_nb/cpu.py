@@ -428,8 +428,8 @@ class _Upto(NamedTuple):
     gemm:int    # `gemm`: tokens or pixels
 
 _MANY = 1 << 60
-_UPTO = {16: _Upto(8, 8, 1 << 18, 0, 0, 0, 0, 8, _MANY), 8: _Upto(_MANY, 256, _MANY, 256, 4, 128, 4, 4, 32),
-         4: _Upto(32, 32, _MANY, 32, 2, 32, 2, 4, 16)}
+_UPTO = {16: _Upto(8, 8, 1 << 18, 0, 0, 0, 0, 8, _MANY), 8: _Upto(512, 256, _MANY, 256, 4, 128, 4, 4, 32),
+         4: _Upto(16, 32, _MANY, 32, 2, 32, 2, 4, 16)}
 
 # %% ../nbs/10_kernels/30_cpu.ipynb #7c1de001
 def _small_tiles(layer, x, most):
