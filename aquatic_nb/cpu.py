@@ -426,10 +426,12 @@ class _Upto(NamedTuple):
     two:int     # `wino2`: tiles
     few:int     # `few`: tokens
     gemm:int    # `gemm`: tokens or pixels
+    keep:int    # `cached`, which gives the bits of `decode`: tokens or pixels
 
 _MANY = 1 << 60
-_UPTO = {16: _Upto(8, 8, 1 << 18, 0, 0, 0, 0, 8, _MANY), 8: _Upto(512, 256, _MANY, 256, 4, 128, 4, 4, 32),
-         4: _Upto(16, 32, _MANY, 32, 2, 32, 2, 4, 16)}
+_UPTO = {16: _Upto(8, 8, 1 << 18, 0, 0, 0, 0, 8, _MANY, 0),
+         8: _Upto(512, 256, _MANY, 256, 4, 128, 4, 4, 32, 1024),
+         4: _Upto(16, 32, _MANY, 32, 2, 32, 2, 4, 16, 1024)}
 
 # %% ../nbs/10_kernels/30_cpu.ipynb #7c1de001
 def _small_tiles(layer, x, most):
@@ -458,6 +460,7 @@ def _wanted(layer, x):
         yield 'wino2' if _small_tiles(layer, x, u.two) else 'wino4'
         if cols <= u.other: yield 'bytes'
     if kind == 'linear' and cols <= u.few: yield 'few'
+    if cols <= u.keep: yield 'cached'
     if cols <= u.gemm: yield 'gemm'
 
 def rule(
@@ -800,7 +803,7 @@ def weight_cache(
 def cpu_report()->dict: # plain values, fit for JSON
     "The width, the 8-bit dot product, threads, number formats, how kernels are chosen, what weights take."
     w = width()
-    return dict(width=w.name, lanes=w.lanes, dot=w.dot or 'none', why=_width_reason(w), widths=list(widths()),
+    return dict(width=w.name, lanes=w.lanes, dot=w.dot if use_simd(int8=True) else 'none', why=_width_reason(w), widths=list(widths()),
                 threads=torch.get_num_threads(), torch=torch.backends.cpu.get_cpu_capability(),
                 bfloat16=native_bfloat16(), chosen='by the clock' if measuring() else 'by rule',
                 times=str(choices_path(w)), shapes=len(_table(w).known), weight_cache=weight_cache())

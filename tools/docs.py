@@ -312,6 +312,22 @@ if (location.protocol === 'file:') window.fetch = (plain => (url, ...rest) => !S
   }))(window.fetch);
 """
 
+def unlisted():
+    "(page, anchor) of names that rooms share, `#| exporti`: they have no entry in the reference."
+    found = set()
+    for nb in [o for o in pages() if re.match(r'\d', o.stem)]:
+        name = re.search(r'#\|\s*default_exp\s+([\w.]+)', (nbs/nb).read_text(encoding='utf-8'))
+        mod = name and importlib.import_module(f'aquatic_nb.{name[1]}')
+        found |= {(out/page_name(nb), anchor(o)) for o in (vars(mod) if mod else ()) if o not in mod.__all__}
+    return found
+
+def unlink(page, text, known, silent):
+    "A page without links to private and unlisted names, unless there is such a heading."
+    def link(m):
+        to = (page.parent/m[1]).resolve() if m[1] else page
+        return m[3] if m[2].startswith('_') or (to, m[2]) in silent and m[2] not in known.get(to, ()) else m[0]
+    return re.sub(r'<a href="([^"#:]*)#([^"]*)"[^>]*>(.*?)</a>', link, text)
+
 def finish():
     "Make every page independent of the network: our KaTeX, relative links, a search that works from the disk too."
     index = out/'search.json'
@@ -319,12 +335,12 @@ def finish():
     script = out/'site_libs'/'smalldocs.js'
     if script.exists(): script.write_text(OPENED_AS_FILE + script.read_text(encoding='utf-8'), encoding='utf-8')
     shutil.copytree(root/'tools'/'katex', out/'site_libs'/'katex', dirs_exist_ok=True)
+    silent, known = unlisted(), {o: set(re.findall(r' id="([^"]+)"', o.read_text(encoding='utf-8'))) for o in out.rglob('*.html')}
     for page in out.rglob('*.html'):
         up = '../' * (len(page.relative_to(out).parts)-1)
         text = page.read_text(encoding='utf-8')
         text = re.sub(r'https://cdn\.jsdelivr\.net/npm/katex@[^/"]*/dist(?:/contrib)?/', f'{up}site_libs/katex/', text)
-        text = re.sub(r'<a href="[^"]*#_[^"]*"[^>]*>(.*?)</a>', r'\1', text) # private names have no entry to link to
-        page.write_text(text.replace(site_url, up), encoding='utf-8')
+        page.write_text(unlink(page, text.replace(site_url, up), known, silent), encoding='utf-8')
 
 # ---- checking
 
