@@ -318,7 +318,7 @@ register_peer('ours 2.2 bit, one setting, uncalibrated',
               note='no LAQ, no inputs seen')
 
 # %% ../nbs/11_judging/38_bench.ipynb #a203e14d
-TUNED = TuneConfig(steps=300, bf16=True)   # of the tuned rows
+TUNED = TuneConfig(steps=300)   # of the tuned rows
 # of the straight-through peer; activations as in ours
 PEER_TUNED = replace(TUNED, lr=3e-3, code_lr=0., lrs=dict(act=2.5e-4))
 

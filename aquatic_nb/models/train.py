@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 # before diffusers, for torchvision
-from ..core import MovingAverage, generator, progress_bar, write_atomic
+from ..core import MovingAverage, generator, native_bfloat16, progress_bar, write_atomic
 from .pipeline import ClassConditionalLDMPipeline, ClassEmbedding, ldm_scheduler
 from ..zoo import MiniClassifier
 import numpy as np
@@ -147,6 +147,11 @@ def seeded(
     "Build a module with repeatable weights, and leave the global generator as it was."
     with _drawing(torch.Generator().manual_seed(seed)): return make()
 
+def _autocast(device):
+    "Arithmetic in bfloat16 where the machine has it, else in float32."
+    device = torch.device(device)
+    return torch.autocast(device.type, torch.bfloat16, enabled=native_bfloat16(device))
+
 # %% ../../nbs/02_models/08_train.ipynb #ef489bd2
 def make_autoencoder(
     kind:str, # 'kl' or 'vq'
@@ -222,12 +227,12 @@ def train_autoencoder(
     device='cpu', # where to train
     **loop, # `every`, `save_every` of `train_loop`
 ) -> tuple[nn.Module, list]: # the first stage in eval mode, and the log
-    "Train the first stage in bfloat16 with float32 weights."
+    "Train the first stage, in bfloat16 where that is native, with float32 weights."
     vae = seeded(lambda: make_autoencoder(kind), seed).to(device)
     opt = torch.optim.AdamW(vae.parameters(), lr, betas=(.9, .99), weight_decay=1e-4)
     def step(s):
         x = to_float(images[batch_of(s, len(images), batch, seed)]).to(device)
-        with torch.autocast(x.device.type, torch.bfloat16):
+        with _autocast(x.device):
             r, reg = reconstruct(vae.train(), x, generator(seed, 'noise', s))
         return _descend(F.l1_loss(r, x) + .5*edge_loss(r, x) + reg, opt, lr*cosine(s, steps, 100), 1.)
     scores = lambda: dict(psnr=reconstruction_psnr(vae.eval(), held_out))
@@ -272,9 +277,9 @@ def accuracy(
 
 # %% ../../nbs/02_models/08_train.ipynb #fdeb741a
 def _noisy_logits(model, x, stream):
-    "Logits as in training: in bfloat16, dropout drawn from the stream."
+    "Logits as in training: in its arithmetic, dropout drawn from the stream."
     dropout = torch.Generator().manual_seed(torch.randint(2**31, (), generator=stream).item())
-    with _drawing(dropout), torch.autocast(x.device.type, torch.bfloat16): return model(x).float()
+    with _drawing(dropout), _autocast(x.device): return model(x).float()
 
 # %% ../../nbs/02_models/08_train.ipynb #cf07738a
 def train_classifier(
@@ -348,7 +353,7 @@ def diffusion_loss(
     y = torch.where(torch.rand(batch, generator=generator) < drop, null, table['labels'][i]).to(device)
     snr = (scheduler.alphas_cumprod/(1 - scheduler.alphas_cumprod))[t].to(device)
     x, noise, t = scheduler.add_noise(z, noise, t).to(device), noise.to(device), t.to(device)
-    with torch.autocast(device.type, torch.bfloat16): guess = nets['unet'](x, t, nets['embedding'](y)).sample
+    with _autocast(device): guess = nets['unet'](x, t, nets['embedding'](y)).sample
     return ((guess.float() - noise).square().mean((1, 2, 3))*(snr.clamp(max=5)/snr)).mean()
 
 # %% ../../nbs/02_models/08_train.ipynb #576e50aa
