@@ -460,7 +460,7 @@ def _wanted(layer, x):
         yield 'wino2' if _small_tiles(layer, x, u.two) else 'wino4'
         if cols <= u.other: yield 'bytes'
     if kind == 'linear' and cols <= u.few: yield 'few'
-    if cols <= u.keep: yield 'cached'
+    if cols <= u.keep and _exact(layer): yield 'cached'   # as float32 it would take others' room
     if cols <= u.gemm: yield 'gemm'
 
 def rule(

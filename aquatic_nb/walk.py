@@ -38,7 +38,8 @@ def nested(
     "Apply a function to the tensors in a nested value."
     if torch.is_tensor(v): return f(v, name)
     if isinstance(v, Mapping): return {k: nested(f, o, k) for k, o in v.items()}
-    if hasattr(v, '_fields'): return type(v)(*(nested(f, o, k) for k, o in zip(v._fields, v)))   # a named tuple
+    if hasattr(v, '_fields'):   # a named tuple
+        return type(v)(*(nested(f, o, k) for k, o in zip(v._fields, v)))
     if isinstance(v, (list, tuple)): return type(v)(nested(f, o, name) for o in v)
     return v
 
