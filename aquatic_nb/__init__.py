@@ -46,10 +46,15 @@ def _register_backend_name(auto):
 
 
 def _register_finish(pack):
-    "Let `quantize` end with a model that diffusers can save; where diffusers is absent, so are its models."
+    "Let `quantize` begin and end with a model that diffusers can save; where diffusers is absent, so are its models."
+    def check(model):
+        from .hub import check_savable
+        check_savable(model)
+
     def finish(model, bits):
         from .hub import attach
         attach(model, bits)
+    pack.CHECK.append(check)
     pack.FINISH.append(finish)
 
 

@@ -204,7 +204,8 @@ def _feed(h, o):
     "Give one object to the hash `h`, with marks so that different structures never look alike."
     if isinstance(o, Tensor):
         h.update(f'<{o.dtype} {tuple(o.shape)}>'.encode())
-        h.update(o.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+        whole = o.detach().cpu().clone(memory_format=torch.contiguous_format).reshape(-1)
+        h.update(whole.view(torch.uint8).numpy().tobytes())
     elif isinstance(o, nn.Module): _feed(h, dict(o.state_dict()))
     elif isinstance(o, dict):
         h.update(b'{')

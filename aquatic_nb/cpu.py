@@ -296,6 +296,11 @@ def cache_budget()->int: # bytes
     return int(asked) if asked else _totals()[1]
 
 # %% ../nbs/10_kernels/30_cpu.ipynb #3b76ae98
+def _free(layer):
+    "Bytes that a layer's weight may take: what is left for all, and where nobody limits it, a byte a weight."
+    own = 0 if os.environ.get('AQUATIC_WEIGHT_CACHE') else _size(layer, 'int8')
+    return max(own, cache_budget() - _totals()[0])
+
 def _exact(layer):
     "Whether sums of codewords are whole numbers of 8 bits."
     p = packed_of(layer)
@@ -315,8 +320,8 @@ def _keep(layer, view):
     kind = _policy.get(layer) or ('int8' if _exact(layer) else 'fp32')
     with _keeping:
         if view.weight is not None or kind == 'none': return view.weight
-        free = cache_budget() - _totals()[0] if layer not in _policy else math.inf
-        if _size(layer, kind) <= free: view.weight = _make_weight(layer, view, kind)
+        if layer in _policy or _size(layer, kind) <= _free(layer):
+            view.weight = _make_weight(layer, view, kind)
         return view.weight
 
 def _kept(layer, view):
@@ -343,8 +348,7 @@ def _why_not_kept(layer, x):
         return 'its tensors were made in inference mode: their changes cannot be seen'
     if layer in _policy or _view(layer).weight is not None: return None
     size = _size(layer, 'int8' if _exact(layer) else 'fp32')
-    free = cache_budget() - _totals()[0]
-    if size > free: return f'{size} bytes to keep, {max(free, 0)} of {cache_budget()} left'
+    if size > (free := _free(layer)): return f'{size} bytes to keep, {free} of {cache_budget()} left'
 
 def _run_kept(layer, p, weight, x):
     "The dense operator on a weight in one of the forms."
@@ -803,7 +807,8 @@ def weight_cache(
 def cpu_report()->dict: # plain values, fit for JSON
     "The width, the 8-bit dot product, threads, number formats, how kernels are chosen, what weights take."
     w = width()
-    return dict(width=w.name, lanes=w.lanes, dot=w.dot if use_simd(int8=True) else 'none', why=_width_reason(w), widths=list(widths()),
+    return dict(width=w.name, lanes=w.lanes, dot=w.dot if use_simd(int8=True) else 'none',
+                why=_width_reason(w), widths=list(widths()),
                 threads=torch.get_num_threads(), torch=torch.backends.cpu.get_cpu_capability(),
                 bfloat16=native_bfloat16(), chosen='by the clock' if measuring() else 'by rule',
                 times=str(choices_path(w)), shapes=len(_table(w).known), weight_cache=weight_cache())

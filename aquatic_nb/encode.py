@@ -413,10 +413,19 @@ def _nearest_integers(Z, L, limit):
         E[:, k] = Z[:, k] - q[:, k]
     return q
 
+def _roots(blocks):
+    "Cholesky factors; a block that rounding has made indefinite is lifted by what it lacks."
+    L, bad = torch.linalg.cholesky_ex(blocks)
+    if not bad.any(): return L
+    lack = -torch.linalg.eigvalsh(blocks)[:, 0].clamp(max=0)
+    lift = 2*lack + 1e-6*blocks.abs().amax((1, 2)) + 1e-30
+    return torch.linalg.cholesky(blocks + lift[:, None, None]*torch.eye(blocks.shape[1]).to(blocks))
+
+# %% ../nbs/03_encoder/10_encode.ipynb #9798bee4
 def _to_int8(C, blocks):
     "Whole numbers whose sums stay within -127..127, and their step, for codewords of curvature `blocks`."
     M, K, d = C.shape
-    top, L, best = C.abs().amax(1).clamp(min=1e-30), torch.linalg.cholesky(_lifted(blocks)[0]), None
+    top, L, best = C.abs().amax(1).clamp(min=1e-30), _roots(_lifted(blocks)[0]), None
     for tight in (1., .85, .7):                                     # smaller steps clip the longest codewords
         step = tight*top.sum(0).max()/(127 - .5*M)
         room = top/step + .5                                               # [M, d]

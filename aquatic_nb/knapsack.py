@@ -142,8 +142,8 @@ def _solve(problem, room, nodes):
     if len(use): limits.append(solver.LinearConstraint(need, -np.inf, 0))
     aim = np.concatenate([hurt*problem.scale, np.zeros(len(books))])
     with _aside():
-        found = solver.milp(aim, integrality=np.ones_like(aim), bounds=solver.Bounds(0, 1), constraints=limits,
-                            options=dict(node_limit=nodes, mip_rel_gap=0))
+        found = solver.milp(aim, integrality=np.ones_like(aim), bounds=solver.Bounds(0, 1),
+                            constraints=limits, options=dict(node_limit=nodes, mip_rel_gap=0))
     if found.x is None: return None, found.status == 0
     return [int(k[found.x[:n][owner == g].argmax()]) for g, k in enumerate(keep)], found.status == 0
 

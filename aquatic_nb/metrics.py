@@ -132,10 +132,20 @@ def to_uint8(
     return (x.float()*255 + .5).clamp(0, 255).to(torch.uint8)
 
 # %% ../nbs/11_judging/34_metrics.ipynb #2169456c
+def _pixels(im, name) -> np.ndarray:
+    "A picture of PIL as 8-bit pixels, grey or RGB; ValueError where its numbers are no 8 or 16 bits."
+    if im.mode in ('L', 'RGB'): return np.array(im)
+    if not im.mode.startswith(('I', 'F')): return np.array(im.convert('RGB'))
+    x = np.array(im)
+    if x.dtype.kind == 'f' or x.min() < 0 or x.max() > 65535:
+        raise ValueError(f'images: {name} holds pixels of mode {im.mode}, from {x.min():g} to '
+                         f'{x.max():g}; expected 8 or 16 bits')
+    return (x >> 8).astype(np.uint8)   # as PIL reads colours of 16 bits
+
 def _open_image(path:Path, shape=None) -> np.ndarray:
     "A picture file as `[H,W,C]` uint8 with 1 or 3 channels, of the given shape where one is given."
     try:
-        with Image.open(path) as im: x = np.array(im if im.mode in ('L', 'RGB') else im.convert('RGB'))
+        with Image.open(path) as im: x = _pixels(im, path)
     except OSError as e:
         raise ValueError(f'images: {path} is not a readable picture ({e}); remove it or write it anew') from e
     x = x if x.ndim == 3 else x[..., None]
@@ -143,6 +153,7 @@ def _open_image(path:Path, shape=None) -> np.ndarray:
         raise ValueError(f'images: {path} is {x.shape} (height, width, channels), those before it {shape}')
     return x
 
+# %% ../nbs/11_judging/34_metrics.ipynb #99ddf1e6
 def _folder_batches(folder:Path, batch_size:int) -> Iterator[np.ndarray]:
     "Batches of the pictures in a folder, sorted by name."
     files = sorted(o for o in folder.iterdir() if o.suffix.lower() in ('.png', '.jpg', '.jpeg'))
@@ -157,7 +168,8 @@ def _folder_batches(folder:Path, batch_size:int) -> Iterator[np.ndarray]:
 # %% ../nbs/11_judging/34_metrics.ipynb #bcdcd97c
 def _pil_batches(pictures, batch_size:int) -> Iterator[np.ndarray]:
     "Batches of PIL images."
-    arrays = [np.array(o)[..., None] if o.mode == 'L' else np.array(o.convert('RGB')) for o in pictures]
+    arrays = [_pixels(o, f'picture {i}') for i, o in enumerate(pictures)]
+    arrays = [o if o.ndim == 3 else o[..., None] for o in arrays]
     for i in range(0, len(arrays), batch_size): yield np.stack(arrays[i:i+batch_size])
 
 def _sliced(images, batch_size:int) -> Iterator[Tensor]:

@@ -278,6 +278,7 @@ def pack_uniform(
     return pack(model, encode_model(model, uniform_plan(shapes, bits, dense_bytes=size), run=run))
 
 # %% ../nbs/06_packing/17_pack.ipynb #7c1de021
+CHECK = []    # functions of a dense model, called before all work; they raise where it could not be saved
 FINISH = []   # functions of (model, bits asked for), called when everything is packed and tuned
 
 # %% ../nbs/06_packing/17_pack.ipynb #6742548e

@@ -26,7 +26,7 @@ from .kaq import layer_kind, match_layers, packable, why_dense
 from .knapsack import allocate, bits_to_bytes
 from .laq import sensitivity, worth_of
 from .layers import packed_layers
-from .pack import FINISH, WorkDir, encode_model, pack, quant_report, uniform_plan
+from .pack import CHECK, FINISH, WorkDir, encode_model, pack, quant_report, uniform_plan
 from .probe import split_points, thinned, timestep_weights
 from .tune.distill import TuneConfig, tune_model
 
@@ -177,6 +177,7 @@ def quantize(
     s = _Settings(bits, bool(laq), beam, sweeps, n_calibration or (64 if size <= _LARGE else 16),
                   guidance_scale, bool(sequential), codebook_dtype, act_bits, tune, seed, memory)
     _check_arguments(s, calibration)
+    for check in CHECK: check(model)
     fixed = match_layers(overrides, {n: tuple(m.weight.shape) for n, m in layers.items()})
     left = [n for n in _unstorable(layers) if n not in fixed]
     if left: warnings.warn(f'{len(left)} layers have row scales outside the range of fp16 and stay dense, '

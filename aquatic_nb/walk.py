@@ -114,7 +114,10 @@ def answer(
     call,            # its arguments, a `Call` or any dictionary
 ) -> Tensor:         # its first output
     "Call a model; TypeError where it returns no tensor."
-    out = model(**call)
+    return _first(model(**call), model)
+
+def _first(out, model):
+    "What an output holds first."
     if torch.is_tensor(out): return out
     found = getattr(out, 'sample', None)
     if torch.is_tensor(found): return found
@@ -540,7 +543,7 @@ def see(self:_Tap, module, args, kwargs, out):
     keep = lambda t, name: t.detach().clone()
     inputs = nested(keep, {k: v for k, v in {**dict(zip(self.names, args)), **kwargs}.items()
                            if k != 'return_dict'})
-    value = out if torch.is_tensor(out) else out[0]
+    value = _first(out, module)
     call = self.ordered(Call(inputs, value.detach().clone()))
     at, before = len(self.calls), self.calls[-1] if self.calls else None
     same = before is not None and before.timestep is not None and torch.equal(before.timestep[:1],
@@ -548,10 +551,14 @@ def see(self:_Tap, module, args, kwargs, out):
     call.step = 0 if before is None else before.step + (not same)
     self.calls.append(call)
     if at not in self.answers: return None
+    if not torch.is_tensor(out) and value is not out[0]:
+        raise TypeError(f'{type(module).__name__} answers with nested tensors; its run cannot go on with '
+                        f'others')
     new = self.answers[at].to(value)
     new = new.roll(len(new)//2, 0) if call.guidance_scale is not None and self.reversed else new
     return new if torch.is_tensor(out) else (new, *out[1:]) if isinstance(out, tuple) else type(out)(new)
 
+# %% ../nbs/02_models/04_walk.ipynb #020acc78
 @patch(as_prop=True)
 def reversed(self:_Tap): return type(self.pipe).__name__ in _CONDITION_FIRST
 
