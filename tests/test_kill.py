@@ -130,7 +130,7 @@ def kill_until_done(job, folder, kills, seconds, seed, how, log=None):
         assert not dst.with_name(f'.{dst.name}.saving').exists() or killed
         shutil.rmtree(dst); shutil.rmtree(dst.with_name(dst.name + '.work'), ignore_errors=True)
 
-@pytest.mark.parametrize('job', JOBS)
+@pytest.mark.parametrize('job', ['quantize', pytest.param('tuning', marks=pytest.mark.slow)]) # a killed tuning: also in test_distill and test_distributed
 def test_two_kills(tmp_path, job):
     want, seconds = whole_run(job, tmp_path, 'spawn')
     assert all(o == want for o in kill_until_done(job, tmp_path, 2, seconds, 0, 'spawn'))
