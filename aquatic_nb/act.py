@@ -68,11 +68,12 @@ def _leave(module, args, kwargs, output):
 
 def bind_timestep(
     model:nn.Module, # the module that is called with the timestep
-):
+)->nn.Module:        # the same
     "Let every call of `model` announce its timestep to the layers inside; harmless when repeated."
-    if _enter in model._forward_pre_hooks.values(): return
-    model.register_forward_pre_hook(_enter, prepend=True, with_kwargs=True)
-    model.register_forward_hook(_leave, with_kwargs=True, always_call=True)
+    if _enter not in model._forward_pre_hooks.values():
+        model.register_forward_pre_hook(_enter, prepend=True, with_kwargs=True)
+        model.register_forward_hook(_leave, with_kwargs=True, always_call=True)
+    return model
 
 # %% ../nbs/04_layers/12_act.ipynb #abc6306e
 def checkpoint_with_timestep(
@@ -142,7 +143,7 @@ def nearest_bucket(
     return (t[:, None].to(centres.device) - centres.float()).abs().argmin(1)
 
 @patch
-def moments(self:ActQuant)->tuple: # numbers; empty where the call has none, or one range serves all
+def call_timesteps(self:ActQuant)->tuple: # numbers; empty where the call has none, or one range serves all
     "The timesteps that the ranges of this call depend on."
     t = current_timestep()
     return () if t is None or len(self.timesteps) == 1 else tuple(t.tolist())

@@ -281,7 +281,6 @@ def _run_quantize(source, dst, work_dir, calibration, force, settings):
     start, hub, quantize = time.perf_counter(), aquatic_nb.hub, aquatic_nb.quant.quantize
     with _stages('quantize', 3) as (stage, _):
         whole, model = stage('load', lambda: load_source(source))
-        hub.check_savable(model)
         data = None if not calibration else 'auto' if whole is model else whole
         try:
             stage('pack', lambda: quantize(model, calibration=data, work_dir=work_dir, **settings))

@@ -220,10 +220,10 @@ def _own_few(layer, x):
 # %% ../nbs/10_kernels/30_cpu.ipynb #7c1de004
 def _ranges(act, view, x):
     "Scales and zero points of a call, float32 [B or 1, H] each; kept for the timesteps that come again."
-    scale, zero, moments = act.scale, act.zero, act.moments()
-    if scale.is_inference() or zero.is_inference() or len(moments) > 16:
+    scale, zero, times = act.scale, act.zero, act.call_timesteps()
+    if scale.is_inference() or zero.is_inference() or len(times) > 16:
         return tuple(o.detach().numpy() for o in act.rows(x))
-    key = len(x), moments, scale.data_ptr(), scale._version, zero.data_ptr(), zero._version
+    key = len(x), times, scale.data_ptr(), scale._version, zero.data_ptr(), zero._version
     found = view.ranges.get(key)
     if found is None:
         if len(view.ranges) > 256: view.ranges.clear()
@@ -434,7 +434,7 @@ class _Upto(NamedTuple):
 
 _MANY = 1 << 60
 _UPTO = {16: _Upto(8, 8, 1 << 18, 0, 0, 0, 0, 8, _MANY, 0),
-         8: _Upto(512, 256, _MANY, 256, 4, 128, 4, 4, 32, 1024),
+         8: _Upto(512, 256, _MANY, 128, 4, 128, 4, 4, 32, 1024),
          4: _Upto(16, 32, _MANY, 32, 2, 32, 2, 4, 16, 1024)}
 
 # %% ../nbs/10_kernels/30_cpu.ipynb #7c1de001

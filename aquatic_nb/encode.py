@@ -418,7 +418,7 @@ def _roots(blocks):
     L, bad = torch.linalg.cholesky_ex(blocks)
     if not bad.any(): return L
     lack = -torch.linalg.eigvalsh(blocks)[:, 0].clamp(max=0)
-    lift = 2*lack + 1e-6*blocks.abs().amax((1, 2)) + 1e-30
+    lift = (bad > 0)*(2*lack + 1e-6*blocks.abs().amax((1, 2)) + 1e-30)
     return torch.linalg.cholesky(blocks + lift[:, None, None]*torch.eye(blocks.shape[1]).to(blocks))
 
 # %% ../nbs/03_encoder/10_encode.ipynb #9798bee4
