@@ -10,6 +10,7 @@ __all__ = ['frechet_distance', 'Extractor', 'register_extractor', 'FeatureSet', 
 
 # %% ../nbs/11_judging/34_metrics.ipynb #64a476ba
 import io
+import pickle
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -351,11 +352,14 @@ def load_reference(
         if missing:
             raise ValueError(f"{path} lacks {missing}: it holds {f.files}; expected {list(_REFERENCE_KEYS)} "
                              "and, for precision, 'arr_0'")
+        try: f = {k: f[k] for k in f.files if k != 'arr_0'} | dict.fromkeys(set(f.files) & {'arr_0'})
+        except ValueError as e:
+            raise ValueError(f'{path} holds more than numbers ({e}); download or write it again') from e
         mu, sigma = _check_gaussian(f['mu'], f['sigma'], f'{path}:')
         spatial = _check_gaussian(f['mu_s'], f['sigma_s'],
-                                  f'{path}: spatial') if {'mu_s', 'sigma_s'} <= set(f.files) else (None, None)
-        features = f['features'] if 'features' in f.files else None
-        return Reference(mu, sigma, *spatial, features, str(path) if 'arr_0' in f.files else None, str(path))
+                                  f'{path}: spatial') if {'mu_s', 'sigma_s'} <= set(f) else (None, None)
+        features = f.get('features')
+        return Reference(mu, sigma, *spatial, features, str(path) if 'arr_0' in f else None, str(path))
 
 # %% ../nbs/11_judging/34_metrics.ipynb #e5a14e28
 def _split_score(logits):
@@ -446,6 +450,13 @@ def find_weights(
                          f'{sha[:16]}: another or a damaged file; fetch {url} again')
     return found
 
+# %% ../nbs/11_judging/34_metrics.ipynb #7c1de030
+def _read_weights(path):
+    "Tensors of a file; ValueError where it holds anything else, which is never run."
+    try: return torch.load(path, map_location='cpu', weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as e:
+        raise ValueError(f'{path} is damaged, or holds more than tensors ({type(e).__name__}); get it again') from e
+
 # %% ../nbs/11_judging/34_metrics.ipynb #934657c3
 def _spatial_slice(
     maps:Tensor, # [n,C,H,W] feature maps
@@ -490,7 +501,7 @@ def inception_extractor(
     path = find_weights('inception', weights, check)
     # torch-fidelity opens its file with full pickle, so it gets a copy that was read without
     checked = io.BytesIO()
-    torch.save(torch.load(path, map_location='cpu', weights_only=True), checked)
+    torch.save(_read_weights(path), checked)
     checked.seek(0)
     net = fidelity_inception()('inception-v3-spatial', ['2048', 'spatial', 'logits_unbiased'],
                                feature_extractor_weights_path=checked).to(device)
@@ -662,10 +673,9 @@ def lpips_distance(
     "LPIPS with VGG16, by torch-fidelity, from local weight files (arXiv 1801.03924)."
     backbone, heads = find_weights('vgg16', vgg16, check), find_weights('lpips', lpips, check)
     from torchvision.models import vgg16 as make_vgg16
-    read = lambda path: torch.load(path, map_location='cpu', weights_only=True)
     vgg = make_vgg16(weights=None)
-    vgg.load_state_dict(read(backbone))
-    net = _make_lpips(vgg, read(heads)).eval().requires_grad_(False).to(device)
+    vgg.load_state_dict(_read_weights(backbone))
+    net = _make_lpips(vgg, _read_weights(heads)).eval().requires_grad_(False).to(device)
     return lambda a, b: net(_match_channels(a, 3).to(device), _match_channels(b, 3).to(device))
 
 # %% ../nbs/11_judging/34_metrics.ipynb #2d3d7de5

@@ -71,7 +71,7 @@ def test_infeasible_names_the_nearest():
     with pytest.raises(ValueError, match=r'nearest possible is (\d+) bytes') as e: allocate(table, 1000)
     least = int(str(e.value).split('nearest possible is ')[1].split()[0])
     assert price(table, allocate(table, least))[0] == least
-    with pytest.raises(ValueError): allocate(table, least - 1)
+    with pytest.raises(ValueError, match=f'nearest possible is {least} bytes'): allocate(table, least - 1)
     with pytest.raises(ValueError, match='below what'): allocate(table, bits_to_bytes(table, 3.), overrides={'*': 'dense'})
 
 @pytest.mark.parametrize('bad,word', [(lambda t: t.drop(columns='bytes'), 'bytes'), (lambda t: t.assign(damage=-1.), 'damage'), (lambda t: t.assign(damage=float('nan')), 'damage'),

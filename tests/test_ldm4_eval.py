@@ -157,7 +157,7 @@ def test_labels():
     assert np.array_equal(samples.make_labels(3000, 1000, seed=1)[:70], samples.make_labels(70, 1000, seed=1))
     assert not np.array_equal(samples.make_labels(70, 1000, seed=1), samples.make_labels(70, 1000, seed=2))
     for bad in ([0, 1, 5], [0, -1, 1], [0., 1., 2.], [0, 1], 'sorted'):
-        with pytest.raises(ValueError): samples.make_labels(3, 5, bad)
+        with pytest.raises(ValueError, match='labels: .*(classes 0..4|expected 3 integers|3 integers$)'): samples.make_labels(3, 5, bad)
 
 
 @pytest.mark.parametrize('change', [dict(seed=1), dict(steps=5), dict(guidance_scale=1.), dict(samples=21), dict(original_timesteps=False)])

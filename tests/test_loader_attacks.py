@@ -3,7 +3,7 @@
 The long run is resumable: `python tests/test_loader_attacks.py --n 10000 --log nbs/results/fuzz_loader.jsonl`.
 """
 import aquatic_nb # noqa: F401  first: torchvision may lack its operators
-import argparse, collections, json, random, resource, shutil, struct, sys, tempfile, time
+import argparse, collections, json, random, re, resource, shutil, struct, sys, tempfile, time
 from pathlib import Path
 
 import pytest
@@ -100,13 +100,13 @@ ATTACKS = { # name -> (what is done, what the message must contain)
     'renamed tensor': (lambda f: edit_header(f, lambda h: {('evil.scales' if k == f'{LAYER}.scales' else k): v for k, v in h.items()}), 'checksum'),
     'exchanged tensors': (edit_tensors(lambda t: t.update({f'{LAYER}.bias': t['mid_block.resnets.0.conv2.bias'], 'mid_block.resnets.0.conv2.bias': t[f'{LAYER}.bias']}), sums=False), 'checksum'),
     'no checksums': (edit_tensors(lambda t: {k: v for k, v in t.items() if k != CHECKSUMS}, sums=False), CHECKSUMS),
-    'no entry, checksums kept': (lambda f: edit_config(f, lambda c: {k: v for k, v in c.items() if k != 'quantization_config'}), ''),
+    'no entry, checksums kept': (lambda f: edit_config(f, lambda c: {k: v for k, v in c.items() if k != 'quantization_config'}), 'is gone'),
     'missing scales': (drop(f'{LAYER}.scales'), LAYER), 'missing codes': (drop(f'{LAYER}.codes_hi'), LAYER), 'missing codebooks': (drop(f'{LAYER}.codebooks'), LAYER),
     'missing norm': (drop('conv_norm_out.weight'), 'conv_norm_out.weight'), 'missing bias': (drop(f'{LAYER}.bias'), f'{LAYER}.bias'), 'missing marker': (drop(f'{LAYER}.weight'), f'{LAYER}.weight'),
     'additional tensor': (edit_tensors(lambda t: t.update(evil=torch.zeros(4))), 'evil'),
     'additional layer': (edit_tensors(lambda t: t.update({'evil.scales': torch.zeros(4).half(), 'evil.codes': torch.zeros(4, 1, 1, dtype=torch.uint8), 'evil.codebooks': torch.zeros(1, 256, 8, dtype=torch.int8)})), 'evil'),
     'scales of another dtype': (replace(f'{LAYER}.scales', lambda t: t.float()), f'{LAYER}.scales'), 'scales of another length': (replace(f'{LAYER}.scales', lambda t: t[:-1]), f'{LAYER}.scales'),
-    'codes as int32': (some('.codes', lambda t: t.int()), '.codes'), 'codes too short': (some('.codes_hi', lambda t: t[:-1]), ''), 'codes of another shape': (some('.codes', lambda t: t.flatten()), '.codes'),
+    'codes as int32': (some('.codes', lambda t: t.int()), '.codes'), 'codes too short': (some('.codes_hi', lambda t: t[:-1]), 'expected U8'), 'codes of another shape': (some('.codes', lambda t: t.flatten()), '.codes'),
     'codebooks of 100 entries': (some('.codebooks', lambda t: t[:, :100] if t.shape[1] > 100 else t[:, :3]), 'power of two'), 'codebooks of float32': (some('.codebooks', lambda t: t.float(), torch.float16), 'codebooks'),
     'codebooks of 2 dimensions': (some('.codebooks', lambda t: t[0]), 'codebooks'), 'group size 0': (some('.codebooks', lambda t: t[..., :0]), 'group_size'), 'no codebook': (some('.codebooks', lambda t: t[:0]), 'n_codebooks'),
     '65536 codewords': (some('.codebooks', lambda t: t.new_zeros(1, 65536, 8)), 'codebook_bits'),
@@ -115,24 +115,25 @@ ATTACKS = { # name -> (what is done, what the message must contain)
     'overflowing int8 codebooks': (some('.codebooks', lambda t: torch.full_like(t, 127), torch.int8), 'add up'),
     'zero points too large': (some('.act.zero', lambda t: t + 300), 'zero points'), 'negative ranges': (some('.act.scale', lambda t: -t), 'act'), 'NaN ranges': (some('.act.scale', lambda t: t*float('nan')), 'act'),
     'ranges of other timesteps': (some('.act.timesteps', lambda t: t[:1]), 'act'), 'ranges without timesteps': (some('.act.timesteps', lambda t: t[:0]), 'act'),
-    'wider architecture': (config(block_out_channels=[16, 32]), ''), 'enormous architecture': (config(block_out_channels=[2**20, 2**20]), ''), 'other conditioning': (config(cross_attention_dim=16), ''),
-    'no such class': (config(_class_name='NoSuchModel'), ''), 'config is no JSON': (lambda f: (f/'config.json').write_text('{"a": '), 'config.json'), 'config is a list': (lambda f: (f/'config.json').write_text('[1, 2]'), ''),
-    'another method': (entry(quant_method='gguf'), ''), 'unknown method': (entry(quant_method='evil'), 'evil'), 'newer format': (entry(format_version=2), 'format_version=2'), 'format 0': (entry(format_version=0), 'format_version=0'),
+    'wider architecture': (config(block_out_channels=[16, 32]), 'expected a floating dtype'), 'enormous architecture': (config(block_out_channels=[2**20, 2**20]), 'can be built'), 'other conditioning': (config(cross_attention_dim=16), 'expected U8'),
+    'no such class': (config(_class_name='NoSuchModel'), 'no model class'), 'config is no JSON': (lambda f: (f/'config.json').write_text('{"a": '), 'config.json'), 'config is a list': (lambda f: (f/'config.json').write_text('[1, 2]'), 'no readable JSON'),
+    'another method': (entry(quant_method='gguf'), "expected 'aquatic'"), 'unknown method': (entry(quant_method='evil'), 'evil'), 'newer format': (entry(format_version=2), 'format_version=2'), 'format 0': (entry(format_version=0), 'format_version=0'),
     'format as text': (entry(format_version='1'), 'format_version'), 'unknown option': (entry(group_size=0), 'group_size'), 'bits out of range': (entry(bits=40), 'bits=40'), 'bits as text': (entry(bits='2'), "bits='2'"),
     'act_bits out of range': (entry(act_bits=40), 'act_bits=40'), 'other act_bits': (entry(act_bits=7), 'quantization_config'), 'no act_bits': (entry(act_bits=None), 'quantization_config'),
-    'sharing forgotten': (lambda f: edit_config(f, lambda c: c['quantization_config'].pop('shared_codebooks') and None), ''), 'sharing as list': (entry(shared_codebooks=['a']), 'shared_codebooks'),
-    'sharing with a stranger': (entry(shared_codebooks={'evil': [LAYER]}), ''), 'sharing with itself': (entry(shared_codebooks={LAYER: [LAYER]}), 'twice'),
-    'weights missing': (lambda f: (f/WEIGHTS).unlink(), ''), 'weights are a folder': (lambda f: ((f/WEIGHTS).unlink(), (f/WEIGHTS).mkdir()), ''),
-    'index leads out': (lambda f: (f/'diffusion_pytorch_model.safetensors.index.json').write_text(json.dumps(dict(metadata={}, weight_map={'a': f'../good/{WEIGHTS}'}))), ''),
-    'index of nothing': (lambda f: (f/'diffusion_pytorch_model.safetensors.index.json').write_text('{}'), ''),
+    'sharing forgotten': (lambda f: edit_config(f, lambda c: c['quantization_config'].pop('shared_codebooks') and None), 'not the one this model was saved with'), 'sharing as list': (entry(shared_codebooks=['a']), 'shared_codebooks'),
+    'sharing with a stranger': (entry(shared_codebooks={'evil': [LAYER]}), 'not the one this model was saved with'), 'sharing with itself': (entry(shared_codebooks={LAYER: [LAYER]}), 'twice'),
+    'weights missing': (lambda f: (f/WEIGHTS).unlink(), 'no .safetensors file'), 'weights are a folder': (lambda f: ((f/WEIGHTS).unlink(), (f/WEIGHTS).mkdir()), 'Is a directory'),
+    'index leads out': (lambda f: (f/'diffusion_pytorch_model.safetensors.index.json').write_text(json.dumps(dict(metadata={}, weight_map={'a': f'../good/{WEIGHTS}'}))), 'leads out of the folder'),
+    'index of nothing': (lambda f: (f/'diffusion_pytorch_model.safetensors.index.json').write_text('{}'), 'no readable index'),
     'second copy of a shard': (lambda f: (shutil.copy(f/WEIGHTS, f/'b.safetensors'), (f/'diffusion_pytorch_model.safetensors.index.json').write_text(json.dumps(dict(metadata={}, weight_map={'conv_in.weight': WEIGHTS, 'conv_in.bias': 'b.safetensors'})))), 'also in'),
-    'a pickle instead': (lambda f: ((f/WEIGHTS).unlink(), torch.save(conditional().state_dict(), f/'diffusion_pytorch_model.bin')), ''),
-    'a symlink to nowhere': (lambda f: ((f/WEIGHTS).unlink(), (f/WEIGHTS).symlink_to('/nonexistent')), ''),
+    'a pickle instead': (lambda f: ((f/WEIGHTS).unlink(), torch.save(conditional().state_dict(), f/'diffusion_pytorch_model.bin')), 'no .safetensors file'),
+    'a symlink to nowhere': (lambda f: ((f/WEIGHTS).unlink(), (f/WEIGHTS).symlink_to('/nonexistent')), 'No such file'),
 }
 
 @pytest.mark.parametrize('name', ATTACKS)
 def test_attack(good, tmp_path, name):
     attack, says = ATTACKS[name]
+    assert says, 'an attack is refused for a reason that the message tells'
     folder = tmp_path/'m'
     shutil.copytree(good, folder)
     attack(folder)
@@ -161,7 +162,7 @@ def test_terabytes_are_not_allocated(good, tmp_path):
     for name in ('shape of terabytes', 'overflowing shape', 'enormous architecture', 'header length of terabytes'):
         shutil.rmtree(tmp_path/'m', ignore_errors=True); shutil.copytree(good, tmp_path/'m')
         ATTACKS[name][0](tmp_path/'m')
-        with pytest.raises(REFUSALS): load_quantized(tmp_path/'m')
+        with pytest.raises(REFUSALS, match=re.escape(ATTACKS[name][1])): load_quantized(tmp_path/'m')
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**19 # kB: half a GB
 
 # the fuzzer
