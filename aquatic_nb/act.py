@@ -254,7 +254,8 @@ def skip_splits(
 )->dict:             # layer name -> channel at which the skip connection's half begins
     "The layers that read a skip concatenation."
     splits, before = {}, getattr(getattr(model, 'mid_block', None), 'resnets', None)
-    if before is None: return splits
+    blocks = [r for b in getattr(model, 'up_blocks', ()) for r in getattr(b, 'resnets', ())]
+    if before is None or not all(hasattr(r, 'out_channels') for r in [before[-1], *blocks]): return splits
     hidden = before[-1].out_channels
     for b, block in enumerate(getattr(model, 'up_blocks', ())):
         for r, resnet in enumerate(getattr(block, 'resnets', ())):

@@ -19,9 +19,9 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .core import Run, generator, in_order
-from .kaq import packable
-from .walk import (CALIBRATION_GUIDANCE, TIME_NAMES, Recording, as_calls, record, record_inputs,
-                             record_walk, steps_of)
+from .kaq import packable, weight_shape
+from .walk import (CALIBRATION_GUIDANCE, TIME_NAMES, Call, Recording, answer, as_calls, record,
+                             record_inputs, record_walk, steps_of)
 
 # %% ../nbs/03_encoder/09_calib.ipynb #8caaf774
 def _latent_shape(model):
@@ -74,12 +74,13 @@ def _auto_conditions(model, n, seed, tokens=8):
     return cond
 
 # %% ../nbs/03_encoder/09_calib.ipynb #0b7b58c8
+_WAYS = 'give a pipeline that holds it, recorded inputs (record_inputs), or calibration=None'
+
 def _check_auto(model, names, made):
     "ValueError where a model wants an argument that we cannot make up."
     kind = type(model).__name__
-    ways = 'give a pipeline that holds it, recorded inputs (record_inputs), or calibration=None'
     if not set(TIME_NAMES) & set(names): raise ValueError(f"calibration='auto': {kind}.forward takes no "
-                                                          f"timestep, so it walks nowhere; {ways}")
+                                                          f"timestep, so it walks nowhere; {_WAYS}")
     own = [*list(names)[:1], *made, *TIME_NAMES]
     missing = [k for k, p in names.items() if p.default is p.empty and k not in own
                and p.kind is p.POSITIONAL_OR_KEYWORD]
@@ -90,7 +91,7 @@ def _check_auto(model, names, made):
         missing.append('encoder_hidden_states')
     missing += [k for k in ('img_ids', 'txt_ids') if k in names and k not in missing]
     if missing: raise ValueError(f"calibration='auto': nothing is known about the argument {missing[0]!r} "
-                                 f"of {kind}; {ways}")
+                                 f"of {kind}; {_WAYS}")
 
 # %% ../nbs/03_encoder/09_calib.ipynb #108cca81
 def own_scheduler(
@@ -110,6 +111,20 @@ def own_scheduler(
                                     clip_sample=False)
     return guess, 'assumed: scaled linear betas .0015 to .0195, epsilon prediction'
 
+# %% ../nbs/03_encoder/09_calib.ipynb #52d83467
+def _try_auto(model, call):
+    "ValueError where a model cannot be called with what was made up, or does not answer like its input."
+    kind, x = type(model).__name__, next(iter(call.values()))
+    try:
+        with torch.no_grad(): out = answer(model, call)
+    except torch.OutOfMemoryError: raise
+    except Exception as e: # whatever a model's forward raises where an argument is not as it wants it
+        raise ValueError(f"calibration='auto': inputs made up from its config ({', '.join(call)}) do not suit {kind} "
+                         f'({type(e).__name__}: {str(e)[:200]}); {_WAYS}') from e
+    if out.dim() != x.dim() or out.shape[2:] != x.shape[2:]:
+        raise ValueError(f"calibration='auto': {kind} answers {tuple(out.shape)} to {tuple(x.shape)}, so there is no way "
+                         f'from noise to a sample; {_WAYS}')
+
 # %% ../nbs/03_encoder/09_calib.ipynb #cfa335a7
 def _walk_auto(model, n, steps, run):
     "A walk with made-up conditions."
@@ -120,6 +135,8 @@ def _walk_auto(model, n, steps, run):
                                                          if k != 'self')
     noise = torch.randn((n, *_latent_shape(model)), generator=gen)
     steps = steps_of(scheduler, n, steps, gen)
+    _try_auto(model, Call({sample_name: noise.to(next(model.parameters())), 'timestep': steps.time(0),
+                           **condition}).take([0]))
     return record_walk(model, steps, noise, condition, sample_name=sample_name, run=run,
                        desc=f'calibration walk ({origin})')
 
@@ -153,30 +170,54 @@ def calibration_batches(
     return record(calibration, model, n, steps, guidance_scale, prompts, seed, kwargs=kwargs, run=run)
 
 # %% ../nbs/03_encoder/09_calib.ipynb #ceedcc94
+def _windows(conv, x):
+    "A view of what each output position of a convolution sees: [B, positions..., C, taps...]."
+    k, dims = conv.kernel_size, len(conv.kernel_size)
+    x = x if x.dim() == dims + 2 else x[None]
+    if conv.transposed: x, steps = _spaced(conv, x), (1,)*dims
+    else:
+        mode = 'constant' if conv.padding_mode == 'zeros' else conv.padding_mode
+        x, steps = F.pad(x, conv._reversed_padding_repeated_twice, mode=mode), conv.stride
+    for i in range(dims): x = x.unfold(2 + i, conv.dilation[i]*(k[i] - 1) + 1, steps[i])
+    x = x[(..., *(slice(None, None, d) for d in conv.dilation))]
+    return x.movedim(1, 1 + dims)
+
+def _spaced(conv, x):
+    "The map that a transposed convolution slides over: zeros between its inputs and around them."
+    wide = [s*(n - 1) + 1 for n, s in zip(x.shape[2:], conv.stride)]
+    out = x.new_zeros(*x.shape[:2], *wide)
+    out[(..., *(slice(None, None, s) for s in conv.stride))] = x
+    reach = [d*(k - 1) - p for k, d, p in zip(conv.kernel_size, conv.dilation, conv.padding)]
+    ends = [(r, r + o) for r, o in zip(reach, conv.output_padding)]
+    return F.pad(out, [v for pair in reversed(ends) for v in pair])
+
+# %% ../nbs/03_encoder/09_calib.ipynb #5068f434
+def positions(
+    module:nn.Module, # a convolution or linear layer
+    x:Tensor,         # its input
+)->int:               # over the whole batch
+    "How often a layer's weight is applied to an input: tokens, or places of the kernel."
+    if isinstance(module, nn.Linear): return x.numel()//x.shape[-1]
+    return math.prod(_windows(module, x).shape[:1 + len(module.kernel_size)])
+
 def input_rows(
-    module:nn.Module,   # Conv2d or Linear
+    module:nn.Module,   # a convolution or linear layer
     x:Tensor,           # its input
     pick:Tensor|None=None, # positions (tokens or patches, counted over the batch) to keep
 )->Tensor:              # [rows, fan_in] float32; grouped convolutions: [groups, rows, fan_in]
-    "The vectors that a layer's weight rows are multiplied with."
-    x = x.detach().float()
-    if isinstance(module, nn.Linear): rows = x.reshape(-1, x.shape[-1])
-    elif _pointwise(module):
-        rows = x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+    "The vectors that a layer's weight rows (`kaq.by_output`) are multiplied with."
+    x = x.detach()
+    if isinstance(module, nn.Linear): return _picked(x.reshape(-1, x.shape[-1]), pick).float()
+    views, dims = _windows(module, x), len(module.kernel_size)
+    if pick is None: rows = views.flatten(0, dims)
     else:
-        mode = 'constant' if module.padding_mode == 'zeros' else module.padding_mode
-        x = F.pad(x, module._reversed_padding_repeated_twice, mode=mode)
-        patches = F.unfold(x, module.kernel_size, module.dilation, 0, module.stride)
-        rows = patches.transpose(1, 2).reshape(-1, patches.shape[1])
-    rows = rows if pick is None else rows[pick[pick < len(rows)]]
-    if getattr(module, 'groups', 1) > 1: rows = rows.reshape(len(rows), module.groups, -1).transpose(0, 1)
-    return rows
+        pick = pick[pick < math.prod(views.shape[:1 + dims])]
+        rows = views[torch.unravel_index(pick, views.shape[:1 + dims])]     # only these are ever copied
+    if module.transposed: rows = rows.flip(tuple(range(2, 2 + dims)))
+    rows = rows.flatten(1).float()
+    return rows if module.groups == 1 else rows.unflatten(1, (module.groups, -1)).transpose(0, 1)
 
-# %% ../nbs/03_encoder/09_calib.ipynb #64b7c0bd
-def _pointwise(conv):
-    "Is this a 1x1 convolution that looks at every pixel by itself?"
-    plain = conv.kernel_size == (1, 1) and conv.stride == (1, 1) and conv.groups == 1
-    return plain and conv.padding in ((0, 0), 'valid')
+def _picked(rows, pick): return rows if pick is None else rows[pick[pick < len(rows)]]
 
 # %% ../nbs/03_encoder/09_calib.ipynb #401aec46
 @dataclass
@@ -214,10 +255,10 @@ def execution_order(
 
 # %% ../nbs/03_encoder/09_calib.ipynb #824c171d
 def moment_bytes(
-    module:nn.Module, # Conv2d or Linear
+    module:nn.Module, # a convolution or linear layer
 ) -> int:
     "What the moments of a layer's inputs take: H, and D where there is a reference."
-    return 8*module.weight[0].numel()**2
+    return 8*math.prod(weight_shape(module)[1:])**2
 
 def waves(
     items,        # what to divide, in order
@@ -261,16 +302,16 @@ def hook(self:_Catch, name):
 def see(self:_Catch, name, mod, x):
     st = self.now
     if not st.on: return
-    geometry = (getattr(mod, k, 0) for k in ('kernel_size', 'stride', 'padding', 'dilation', 'groups'))
-    key = (x.data_ptr(), tuple(x.shape), *geometry)
+    geometry = ('transposed', 'kernel_size', 'stride', 'padding', 'padding_mode', 'dilation', 'groups',
+                'output_padding')
+    key = (x.data_ptr(), tuple(x.shape), *(getattr(mod, k, 0) for k in geometry))
     if key in st.seen: st.alias[name] = st.seen[key][0]
     else:
         st.seen[key], st.alias[name] = (name,
                                         # x is kept, so its address can't be used again in this pass
                                         x), name
         n = max(1, self.budget(mod)//st.of)
-        total = x.numel()//x.shape[-1] if isinstance(mod, nn.Linear) else _positions(mod, x)
-        pick = None
+        total, pick = positions(mod, x), None
         if total > n:
             pick = torch.randperm(total, generator=generator(self.seed, name, st.call))[:n].to(x.device)
         st.rows[name] = input_rows(mod, x, pick)
@@ -291,16 +332,6 @@ def run(self:_Catch, call, at, of):
 @patch
 def close(self:_Catch):
     for h in self.hooks: h.remove()
-
-# %% ../nbs/03_encoder/09_calib.ipynb #1367f8bb
-def _positions(conv, x):
-    "Output positions of a convolution over a batch."
-    left, right, top, bottom = conv._reversed_padding_repeated_twice
-    n = len(x)
-    for size, k, s, d in zip((x.shape[-2] + top + bottom, x.shape[-1] + left + right), conv.kernel_size,
-                             conv.stride, conv.dilation):
-        n *= max(1, (size - d*(k - 1) - 1)//s + 1)
-    return n
 
 # %% ../nbs/03_encoder/09_calib.ipynb #6734d0d9
 def _products(x, x0):
@@ -330,7 +361,7 @@ def input_moments(
     workers:int=2,            # threads over batches; the result does not depend on it
 ) -> dict:                    # name -> Moments; layers that share an input share the object
     "H (and D) of the inputs of some layers; layers that never run are left out."
-    def budget(mod): return max(4096, rows_per_input*mod.weight[0].numel())
+    def budget(mod): return max(4096, rows_per_input*math.prod(weight_shape(mod)[1:]))
     batches = as_calls(model, batches)
     watched = [_Catch(m, names, budget, seed) for m in (model, reference) if m is not None]
     def one(item):

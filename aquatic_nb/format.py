@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from .act import ActQuant, skip_splits
 from .aq import AQTensor, Scheme, n_groups
+from .kaq import PACKED, weight_shape
 from .layers import from_aq, packed_layers, swap
 
 # %% ../nbs/08_files/21_format.ipynb #0b36dc9e
@@ -284,7 +285,7 @@ def stored_scheme(
 # %% ../nbs/08_files/21_format.ipynb #da863f2d
 def _empty_layer(module, scheme):
     "A packed layer without content on the meta device, in place of a dense one there."
-    shape, s = module.weight.shape, scheme
+    shape, s = weight_shape(module), scheme
     def empty(dtype, *sizes): return torch.empty(sizes, dtype=dtype, device='meta')
     codes = empty(torch.int16, shape[0], n_groups(s, math.prod(shape[1:])), s.n_codebooks)
     dtype = torch.int8 if s.codebook_dtype == 'int8' else torch.float16
@@ -331,10 +332,11 @@ def lay_out(
     books = {o: first for first, others in config.shared_codebooks.items() for o in others}
     modules, splits = dict(model.named_modules()), skip_splits(model)
     for name in stored.packed:
-        if type(modules.get(name)) not in (nn.Conv2d, nn.Linear): raise ValueError(
+        if type(modules.get(name)) not in PACKED: raise ValueError(
             f'{stored.where[f"{name}.scales"]}: layer {name!r} is packed, but {type(model).__name__} with '
-            'this config.json has no such Conv2d or Linear; weights and config belong to different models')
-        scheme = stored_scheme(stored, name, books.get(name, name), modules[name].weight.shape)
+            'this config.json has no such convolution or linear layer; weights and config belong to different '
+            'models')
+        scheme = stored_scheme(stored, name, books.get(name, name), weight_shape(modules[name]))
         layer = _empty_layer(modules[name], scheme)
         if f'{name}.act.scale' in stored.entries:
             layer.act = _stored_act(stored, name, config.act_bits, splits.get(name))

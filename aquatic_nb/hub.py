@@ -53,7 +53,8 @@ from .format import CHECKSUMS, FORMAT_VERSION, StoredModel, check_loaded, file_t
 
 from .format import shared_codebooks, weight_files
 
-from .layers import AQConv2d, AQLayer, packed_layers, swap, why_not_replaced
+from .kaq import PACKED, from_output
+from .layers import AQConv2d, AQLayer, dense_class, packed_layers, swap, why_not_replaced
 
 from .pack import pack_uniform
 
@@ -139,14 +140,13 @@ def _dense_shapes(model):
     layers = packed_layers(model)
     inside = {f'{n}.{k}' for n, m in layers.items() for k in m.state_dict() if k != 'bias'}
     shapes = {k: tuple(t.shape) for k, t in model.state_dict().items() if k not in inside}
-    return shapes | {f'{n}.weight': tuple(m.weight_shape) for n, m in layers.items()}
+    return shapes | {f'{n}.weight': tuple(from_output(m, torch.empty(m.weight_shape, device='meta')).shape)
+                     for n, m in layers.items()}
 
 # %% ../nbs/08_files/22_hub.ipynb #1772f939
 def _nature(module):
     "What a layer computes, apart from its tensors; a packed one answers as the dense one would."
-    for dense in (nn.Conv2d, nn.Linear):
-        packed = isinstance(module, AQLayer) and isinstance(module, dense)
-        if packed: return dense.__name__, dense.extra_repr(module)
+    if isinstance(module, AQLayer): return dense_class(module).__name__, dense_class(module).extra_repr(module)
     return type(module).__name__, module.extra_repr()
 
 # %% ../nbs/08_files/22_hub.ipynb #bc172a6b
@@ -197,7 +197,7 @@ def check_savable(
     "ValueError where `from_pretrained` could not open what `save_pretrained` would write; says what helps."
     _check_hooks(model)
     for n, m in model.named_modules() if not packed_layers(model) else ():
-        why = why_not_replaced(m) if type(m) in (nn.Conv2d, nn.Linear) else None
+        why = why_not_replaced(m) if type(m) in PACKED else None
         if why: raise ValueError(f'layer {n!r}: {why}')
     wrong = _differences(model)
     if not wrong: return
@@ -371,9 +371,11 @@ def _dense_layer(layer):
     "The dense layer with the decoded weight of a packed one."
     kw = dict(bias=layer.bias is not None, device='meta', dtype=layer.compute_dtype)
     if isinstance(layer, nn.Linear): new = nn.Linear(layer.in_features, layer.out_features, **kw)
-    else: new = nn.Conv2d(layer.in_channels, layer.out_channels, layer.kernel_size, stride=layer.stride,
-                          padding=layer.padding, dilation=layer.dilation, groups=layer.groups,
-                          padding_mode=layer.padding_mode, **kw)
+    else:
+        names = ['stride', 'padding', 'dilation', 'groups', 'padding_mode']
+        names += ['output_padding']*layer.transposed
+        new = dense_class(layer)(layer.in_channels, layer.out_channels, layer.kernel_size,
+                                 **{k: getattr(layer, k) for k in names}, **kw)
     new.weight = nn.Parameter(layer.weight)
     if layer.bias is not None: new.bias = nn.Parameter(layer.bias.detach().clone())
     return new.train(layer.training)

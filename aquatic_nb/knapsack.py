@@ -61,9 +61,10 @@ def bits_to_bytes(
     return math.floor(bits*int(table.drop_duplicates('layer').weights.sum())/8)
 
 def _dense_bytes(table):
-    "Bytes of one weight that stays dense."
+    "Layer -> bytes of one of its weights where it stays dense."
     dense = table[table.option == 'dense']
-    return int(dense.bytes.iloc[0]//dense.weights.iloc[0]) if len(dense) else 4
+    known = dict(zip(dense.layer, (dense.bytes//dense.weights).astype(int)))
+    return {n: known.get(n, 4) for n in dict.fromkeys(table.layer)}
 
 def _shapes(table):
     "Layer -> dense weight shape."
@@ -77,7 +78,7 @@ def price(
 )->tuple:               # (bytes, predicted damage)
     "What an allocation stores (shared codebooks once), and its summed damages (0 for unknown options)."
     at, shapes, dense = table.set_index(['layer', 'option']).damage, _shapes(table), _dense_bytes(table)
-    size = sum(stored_bytes(o, shapes[n], dense_bytes=dense) for n, o in choice.items())
+    size = sum(stored_bytes(o, shapes[n], dense_bytes=dense[n]) for n, o in choice.items())
     size += sum(codebook_bytes(o) for o in {o for o in choice.values() if o != 'dense' and o.share})
     return size, float(sum(at.get((n, str(o)), 0.) for n, o in choice.items()))
 
@@ -182,7 +183,7 @@ def _fix(table, overrides):
                                     'option']).damage, table.drop_duplicates('layer').set_index('layer',
                                                             drop=False)
     rows = first.loc[list(fixed)].assign(option=[str(o) for o in fixed.values()],
-        bytes=[stored_bytes(o, shapes[n], dense_bytes=dense) for n, o in fixed.items()],
+        bytes=[stored_bytes(o, shapes[n], dense_bytes=dense[n]) for n, o in fixed.items()],
         damage=[known.get((n, str(o)), 0.) for n, o in fixed.items()])
     return pd.concat([table[~table.layer.isin(fixed)], rows], ignore_index=True)
 

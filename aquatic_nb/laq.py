@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from .aq import Scheme, parse_scheme, stored_bytes
 from .calib import execution_order, input_moments, moment_bytes, waves
 from .core import Run, digest, in_order, single_thread, write_atomic
-from .encode import encode_rows, share_codebooks, start
-from .kaq import layer_kind, packable
+from .encode import Unstorable, encode_rows, share_codebooks, start
+from .kaq import by_output, layer_kind, packable, weight_shape, weighty
 from .knapsack import allocate, bits_to_bytes, check_table, price, table_mark
 from .menu import effective_bits, menu, share_sets, shared_menu
 from .probe import Probe, row_gains, split_points
@@ -58,10 +58,10 @@ def _errors(W, H, gains, What):
 @dataclass(frozen=True)
 class _Layer:
     "What is known of one layer before its options are tried."
-    name:str; module:nn.Module; H:Tensor|None; gains:Tensor|None; options:list; books:dict; dense_bytes:int
+    name:str; module:nn.Module; H:Tensor|None; gains:Tensor|None; options:list; books:dict
 
     @property
-    def W(self): return self.module.weight.detach().float().flatten(1)
+    def W(self): return by_output(self.module).float().flatten(1)
 
 def _try_options(layer, seed):
     "Errors of the anchors and of the shared ones, the decoded anchors, the options that are possible, gains."
@@ -69,16 +69,18 @@ def _try_options(layer, seed):
     gains = torch.zeros(len(W)) if gains is None or float(gains.max()) < 1e-15 else gains
     try:
         weights = {s: _decoded(W, H, s, seed) for s in _anchors(layer.options)}
-        held = {s: _errors(W, H, gains, _decoded(W, H, s, seed, C)) for s, C in layer.books.items()}
-    except ValueError:
+    except Unstorable:
         return {}, {}, {}, ['dense'], gains   # a layer that the schemes can't hold stays as it is
-    return {s: _errors(W, H, gains, w) for s, w in weights.items()}, held, weights, layer.options, gains
+    known, options = {s: _errors(W, H, gains, w) for s, w in weights.items()}, layer.options
+    try: held = {s: _errors(W, H, gains, _decoded(W, H, s, seed, C)) for s, C in layer.books.items()}
+    except Unstorable: held, options = {}, [o for o in options if o == 'dense' or not o.share]
+    return known, held, weights, options, gains
 
 # %% ../nbs/05_bits/16_laq.ipynb #f90c0d76
 def _estimates(layer, seed):
     "Rows of the table for one layer, and the decoded anchors."
     known, held, weights, options, gains = _try_options(layer, seed)
-    W, shape = layer.W, tuple(layer.module.weight.shape)
+    W, shape = layer.W, weight_shape(layer.module)
     log = lambda v: math.log2(max(v, 1e-30))
     def guess(o, found):
         return (2**_line(effective_bits(o), [effective_bits(s) for s in found],
@@ -91,7 +93,8 @@ def _estimates(layer, seed):
         else: h, c = guess(o, held if o.share else known)
         rows.append(dict(layer=layer.name, kind=layer_kind(layer.name), shape='x'.join(map(str, shape)),
                          option=str(o),
-                         bytes=stored_bytes(o, shape, dense_bytes=layer.dense_bytes), weights=W.numel(),
+                         bytes=stored_bytes(o, shape, dense_bytes=layer.module.weight.element_size()),
+                         weights=W.numel(),
                          h_error=h/base,
                          cheap=c if c > 1e-20 else 0., measured=math.nan, encoded=o in known))
     return rows, weights
@@ -103,7 +106,7 @@ def _set_books(kind, d, names, layers, moments, gains, run):
     "Codebooks of a set for the anchors: {Scheme: [M, K, d]}."
     problems = []
     for n in names:
-        W, H = layers[n].weight.detach().float().flatten(1), moments[n].H if n in moments else None
+        W, H = by_output(layers[n]).float().flatten(1), moments[n].H if n in moments else None
         problems.append((W, H, max(float(gains[n].mean()) if n in gains else 0., 1e-20)))
     seed, codebook_dtype = run
     schemes = [Scheme(M, B, d, codebook_dtype, share=kind) for M, B in SHARED_ANCHORS]
@@ -153,15 +156,28 @@ def sensitivity(
 )->pd.DataFrame:
     "What every option of every layer does to the model's guided answer."
     layers, home = packable(model), next(model.parameters()).device
-    names = list(layers) if names is None else list(names)
+    given, names = names is not None, list(layers) if names is None else list(names)
     if unknown := [n for n in names if n not in layers]:
         raise ValueError(f'sensitivity: {unknown[0]!r} is not a layer that can be packed; layers are named '
                          f'like {next(iter(layers))!r}')
     if device is not None: model.to(device)
     run, offered = Run(seed, workers, memory, progress), (options, codebook_dtype)
     analysis = _Analysis(model, as_calls(model, batches), names, held_out, offered, run)
-    try: return analysis.table(cheap, work_dir)
+    try: table = analysis.table(cheap, work_dir)
     finally: model.to(home)
+    return table if given else with_dense(table, model)
+
+# %% ../nbs/05_bits/16_laq.ipynb #3e65cd11
+def with_dense(
+    table:pd.DataFrame, # of the layers that can be packed
+    model:nn.Module,    # the model
+)->pd.DataFrame:        # with one more row for each convolution or linear layer that can't
+    "What stays dense belongs to the budget, too: its only option, without damage."
+    rest = {n: m for n, m in weighty(model).items() if n not in packable(model)}
+    rows = [dict(layer=n, kind=layer_kind(n), shape='x'.join(map(str, weight_shape(m))), option='dense',
+                 bytes=m.weight.nbytes, weights=m.weight.numel(), h_error=0., cheap=0., measured=math.nan,
+                 encoded=False, damage=0., model=table.model.iloc[0]) for n, m in rest.items()]
+    return pd.concat([table, pd.DataFrame(rows)], ignore_index=True) if rows else table
 
 # %% ../nbs/05_bits/16_laq.ipynb #d443960a
 class _Analysis:
@@ -177,7 +193,7 @@ class _Analysis:
         self.sets = {} if options is not None else self.fitting_sets()
         for key, mates in self.sets.items():
             self.menus |= {n: self.menus[n] + shared_menu(*key, self.codebook_dtype) for n in mates}
-        self.mark, self.dense_bytes = table_mark(model), next(model.parameters()).element_size()
+        self.mark = table_mark(model)
         self.key = digest(self.mark, calls.mark(), {n: list(map(str, m)) for n, m in self.menus.items()},
                           held_out, run.seed)
 
@@ -234,8 +250,7 @@ def rows(self:_Analysis, todo, cheap):
 def layer(self:_Analysis, name, moments, books):
     "One layer with what is known of it."
     H = moments[name].H if name in moments else None
-    return _Layer(name, self.layers[name], H, self.gains.get(name), self.menus[name], books.get(name, {}),
-                  self.dense_bytes)
+    return _Layer(name, self.layers[name], H, self.gains.get(name), self.menus[name], books.get(name, {}))
 
 @patch
 def measure(self:_Analysis, made, copies):
@@ -302,7 +317,7 @@ def learn_shared(
 # %% ../nbs/05_bits/16_laq.ipynb #f16670b1
 def _problem(name, module, moments, worth):
     "A layer as `share_codebooks` wants it: rows, moments, and what its relative error is worth."
-    W, H = module.weight.detach().float().flatten(1), moments[name].H if name in moments else None
+    W, H = by_output(module).float().flatten(1), moments[name].H if name in moments else None
     size = float(W.pow(2).sum() if H is None else ((W @ H.to(W.device))*W).sum())
     return W, H, max(1. if worth is None else worth.get(name, 0.), 1e-20)/max(size, 1e-30)
 
@@ -316,7 +331,7 @@ def _quick_encode(model, batches, choice, run):
             moments = input_moments(model, batches, wave, rows_per_input=2, seed=run.seed,
                                     workers=run.workers)
             def one(n):
-                W, H = layers[n].weight.detach().float().flatten(1), moments[n].H if n in moments else None
+                W, H = by_output(layers[n]).float().flatten(1), moments[n].H if n in moments else None
                 return _decoded(W, H, choice[n], run.seed, books.get(choice[n]))
             for n, w in zip(wave, in_order(one, wave, run.workers)):
                 out[n] = w

@@ -10,7 +10,7 @@ import numpy as np
 from torch import nn
 
 from .aq import Scheme, stored_bytes
-from .kaq import catalogue, layer_kind, natural_group_size
+from .kaq import catalogue, layer_kind, natural_group_size, weight_shape
 
 # %% ../nbs/05_bits/13_menu.ipynb #a84323b5
 def effective_bits(
@@ -20,13 +20,14 @@ def effective_bits(
     return scheme.n_codebooks*scheme.codebook_bits - 1.5*(scheme.n_codebooks - 1)
 
 def menu(
-    module:nn.Module,    # Conv2d or Linear
+    module:nn.Module,    # convolution or linear layer
     size:int=14,         # additive schemes kept, at most
     dense_bytes:int=None,# bytes of one weight that stays dense; None: the weight's dtype
     codebook_dtype='int8', # 'int8' or 'fp16'
 )->list:                 # of Scheme and 'dense', by growing bytes
     "The options of one layer: additive schemes that no other beats, integers, and dense."
-    shape, d = tuple(module.weight.shape), natural_group_size(module.weight.shape)
+    shape = weight_shape(module)
+    d = natural_group_size(shape)
     small = [Scheme(1, b, d, codebook_dtype) for b in (1, 2, 4, 5)]
     schemes = small + [s for s in catalogue(d, codebook_dtype) if s.n_codebooks <= 4 and s.codebook_bits <= 9
                        and s.code_bits < 5]
@@ -43,14 +44,14 @@ _SHARED = ((1, 6), (1, 8), (1, 10), (1, 12), (2, 6), (2, 7), (2, 8), (2, 9), (3,
            (4, 8)) # of what layers can share
 
 def share_sets(
-    layers:dict,    # name -> Conv2d or Linear
+    layers:dict,    # name -> convolution or linear layer
     most=1_000_000, # weights of a layer that shares, at most
 )->dict:            # (kind, d) -> names, where there are two or more
     "Layers that may hold one set of codebooks: small ones of one kind and one group size."
     sets = {}
     for n, m in layers.items():
         if m.weight.numel() <= most:
-            sets.setdefault((layer_kind(n), natural_group_size(m.weight.shape)), []).append(n)
+            sets.setdefault((layer_kind(n), natural_group_size(weight_shape(m))), []).append(n)
     return {key: names for key, names in sets.items() if len(names) > 1 and key[0] != 'other'}
 
 def shared_menu(

@@ -11,7 +11,8 @@ import hashlib
 import json
 import math
 import time
-from dataclasses import replace
+import warnings
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
@@ -24,8 +25,9 @@ from torch import nn
 from .aq import AQTensor, Scheme, decode, stored_bytes
 from .calib import execution_order, input_moments, moment_bytes, waves
 from .core import Run, digest, write_atomic
-from .encode import encode_rows, relative_error, to_aq
-from .kaq import catalogue, layer_kind, natural_group_size, packable, why_dense
+from .encode import Unstorable, encode_rows, relative_error, storable, to_aq
+from .kaq import (by_output, catalogue, from_output, layer_kind, natural_group_size,
+                            packable, weight_shape, weighty, why_dense)
 from .laq import learn_shared
 from .layers import AQLayer, from_aq, packed_layers, stored_sizes, swap
 from .menu import effective_bits
@@ -37,11 +39,14 @@ INT8 = Scheme(1, 8, 1, kind='uniform')
 def plan_bits(
     schemes:dict,  # name -> Scheme or 'dense'
     shapes:dict,   # name -> dense weight shape
-    dense_bytes=4, # bytes of one dense weight
+    dense_bytes=4, # bytes of one dense weight, or name -> bytes
 )->float:          # average stored bits over all the weights
     "What `bits` comes out at for a plan."
-    total = sum(math.prod(s) for s in shapes.values())
-    return 8*sum(stored_bytes(s, shapes[n], dense_bytes=dense_bytes) for n, s in schemes.items())/total
+    return 8*_spent(schemes, shapes, dense_bytes)/sum(math.prod(s) for s in shapes.values())
+
+def _spent(schemes, shapes, dense_bytes):
+    each = dense_bytes if isinstance(dense_bytes, dict) else dict.fromkeys(schemes, dense_bytes)
+    return sum(stored_bytes(s, shapes[n], dense_bytes=each[n]) for n, s in schemes.items())
 
 def _one_setting(shapes, pair, codebook_dtype):
     "The same (M, B) for all layers, integers where those cost less: (bytes, expected harm, schemes)."
@@ -58,11 +63,11 @@ def uniform_plan(
     bits:float,            # average stored bits asked for
     fixed:dict=None,       # name -> Scheme or 'dense', set by hand
     codebook_dtype='int8', # 'int8' or 'fp16'
-    dense_bytes=4,         # bytes of one dense weight
+    dense_bytes=4,         # bytes of one dense weight, or name -> bytes
 )->dict:                   # name -> Scheme or 'dense'
     "The uniform plan with the least expected error within `bits`; ValueError names the nearest that exists."
     fixed = {n: INT8 for n in shapes if n in ('conv_in', 'conv_out')} | (fixed or {})
-    spent = sum(stored_bytes(s, shapes[n], dense_bytes=dense_bytes) for n, s in fixed.items())
+    spent = _spent(fixed, shapes, dense_bytes)
     total = sum(math.prod(s) for s in shapes.values())
     plans = [(0, 0., {})]
     for d in (8, 9):
@@ -75,6 +80,40 @@ def uniform_plan(
                                   f'the nearest possible is {8*(min(p[0] for p in plans) + spent)/total:.3f}')
     best = min(fits, key=lambda p: p[1])[2] | fixed
     return {n: best[n] for n in shapes}
+
+# %% ../nbs/06_packing/17_pack.ipynb #f2ca5226
+@dataclass(frozen=True)
+class Weights:
+    "What a plan has to know of a model's weights."
+    shapes:dict  # name -> shape with the outputs first, of every convolution and linear layer
+    sizes:dict   # name -> bytes of one weight where it stays dense
+    stay:dict    # name -> why it stays dense, where it has to
+
+    @property
+    def free(self): return {n: s for n, s in self.shapes.items() if n not in self.stay}
+
+def weights_of(
+    model:nn.Module, # any module, also on the meta device
+)->Weights:
+    "Every weight that counts, and what can't be packed."
+    layers = weighty(model)
+    why = {n: why_dense(m) or _why_unstorable(m.weight) for n, m in layers.items()}
+    return Weights({n: weight_shape(m) for n, m in layers.items()},
+                   {n: m.weight.element_size() for n, m in layers.items()}, {n: w for n, w in why.items() if w})
+
+def _why_unstorable(weight):
+    if weight.is_meta or storable(weight): return None
+    return 'its row scales lie outside the range of fp16'
+
+def choose_uniform(
+    model:nn.Module,       # the dense model
+    bits:float,            # average stored bits asked for
+    fixed:dict=None,       # name -> Scheme or 'dense', set by hand
+    codebook_dtype='int8', # 'int8' or 'fp16'
+)->dict:                   # name -> Scheme or 'dense', for every convolution and linear layer
+    "`uniform_plan` of a model."
+    w = weights_of(model)
+    return uniform_plan(w.shapes, bits, {**(fixed or {}), **dict.fromkeys(w.stay, 'dense')}, codebook_dtype, w.sizes)
 
 # %% ../nbs/06_packing/17_pack.ipynb #ad8b20f0
 class WorkDir:
@@ -155,23 +194,24 @@ def shared(self:WorkDir, schemes, key, make):
 
 # %% ../nbs/06_packing/17_pack.ipynb #ce4a041f
 def _encode_one(name, module, moments, scheme, options, seed, codebooks=None):
-    "Encode one layer; a bias, where there is one, takes up the mean error."
+    "Encode one layer; a bias, where there is one, takes up the mean error. None where no scale can hold it."
     t, m = time.perf_counter(), moments.get(name)
-    W = module.weight.detach().float().flatten(1)
+    W = by_output(module).float().flatten(1)
     centre = m is not None and m.mean is not None and module.bias is not None
     if centre: m = m.centred()
     H, D = (None, None) if m is None else (m.H, m.D)
     try: st = encode_rows(W, H, scheme, D=D, seed=seed, codebooks=codebooks, **options)
+    except Unstorable as e: return warnings.warn(f'layer {name!r} stays dense: {e}')
     except ValueError as e: raise ValueError(f'layer {name!r}: {e}') from e
     What = st.What[:, :W.shape[1]]
     bias = W @ (m.mean + m.shift) - What @ m.mean if centre else None
     info = dict(error=relative_error(W, What, H), seconds=time.perf_counter() - t, bias=bias)
-    return to_aq(st, tuple(module.weight.shape)), info
+    return to_aq(st, weight_shape(module)), info
 
 def _write_back(student, name, aq, info):
     "Give the working copy the weights (and the bias) that the packed layer will have."
     layer = student.get_submodule(name)
-    layer.weight.data.copy_(decode(aq))
+    layer.weight.data.copy_(from_output(layer, decode(aq)))
     if info['bias'] is not None: layer.bias.data += info['bias'].to(layer.bias)
 
 # %% ../nbs/06_packing/17_pack.ipynb #49014d9a
@@ -203,7 +243,7 @@ def moments(self:_Encoding, student, wave):
 def wave(self:_Encoding, student, wave, keys, bar):
     "Encode the layers of a wave, but those that the folder has."
     once, layers, run = self.run.spread.once, self.layers, self.run
-    ready = once(lambda: {n: self.work.get(n, tuple(layers[n].weight.shape), self.schemes[n], keys[n])
+    ready = once(lambda: {n: self.work.get(n, weight_shape(layers[n]), self.schemes[n], keys[n])
                           for n in wave})
     todo = [n for n in wave if ready[n] is None]
     moments = self.moments(student, wave) if todo else {}
@@ -211,11 +251,11 @@ def wave(self:_Encoding, student, wave, keys, bar):
         return _encode_one(n, layers[n], moments, self.schemes[n], self.options, run.seed,
                            self.books.get(self.schemes[n]))
     for n, result in zip(todo, run.spread.share(one, todo, run.workers)):
-        self.work.put(n, *result, keys[n])
+        if result is not None: self.work.put(n, *result, keys[n])
         ready[n] = result
         bar.update()
     bar.update(len(wave) - len(todo))
-    self.done |= ready
+    self.done |= {n: found for n, found in ready.items() if found is not None}
 
 # %% ../nbs/06_packing/17_pack.ipynb #8acdaf3b
 def encode_model(
@@ -244,7 +284,7 @@ def encode_model(
             keys = {n: digest(base, n, str(schemes[n]), shares if schemes[n].share else None) for n in wave}
             enc.wave(student, wave, keys, bar)
             if not enc.sequential: continue
-            for n in wave: _write_back(student, n, *enc.done[n])
+            for n in set(wave) & set(enc.done): _write_back(student, n, *enc.done[n])
             base = digest(base, keys)                           # what comes later depends on all of this
     return enc.done
 
@@ -272,10 +312,8 @@ def pack_uniform(
 )->nn.Module:        # the model
     "Pack without calibration, every layer by the uniform plan: quick, and much worse than `quant.quantize`."
     layers = packable(model)
-    if not layers: raise ValueError(f'{type(model).__name__} has no Conv2d or Linear that could be quantized')
-    shapes = {n: tuple(m.weight.shape) for n, m in layers.items()}
-    size = next(iter(layers.values())).weight.element_size()
-    return pack(model, encode_model(model, uniform_plan(shapes, bits, dense_bytes=size), run=run))
+    if not layers: raise ValueError(f'{type(model).__name__} has no convolution or linear layer that could be quantized')
+    return pack(model, encode_model(model, choose_uniform(model, bits), run=run))
 
 # %% ../nbs/06_packing/17_pack.ipynb #7c1de021
 CHECK = []    # functions of a dense model, called before all work; they raise where it could not be saved
@@ -283,31 +321,30 @@ FINISH = []   # functions of (model, bits asked for), called when everything is 
 
 # %% ../nbs/06_packing/17_pack.ipynb #6742548e
 def _row(name, module, sizes):
-    "One line of the report; None for what is no convolution and no linear layer."
+    "One line of the report, for a packed layer or one that stays dense."
     if isinstance(module, AQLayer):
         shape, size = tuple(module.weight_shape), sizes[name]
         return (name, layer_kind(name), shape, str(module.scheme), size*8/math.prod(shape),
                 module.scheme.code_bits, size,
-                module.info.get('error', math.nan), module.info.get('seconds', math.nan))
-    if why_dense(module) is not None: return None
-    w = module.weight
+                module.info.get('error', math.nan), module.info.get('seconds', math.nan), '')
+    w, note = module.weight, why_dense(module) or _why_unstorable(module.weight) or ''
     bits = 8.*w.element_size()
-    return name, layer_kind(name), tuple(w.shape), 'dense', bits, bits, w.nbytes, 0., 0.
+    return name, layer_kind(name), weight_shape(module), 'dense', bits, bits, w.nbytes, 0., 0., note
 
 def _stored(layer): return [p for k in layer._stored if (p := getattr(layer, k)) is not None]
 
 # %% ../nbs/06_packing/17_pack.ipynb #ae2f7167
 def quant_report(
     model:nn.Module, # a model, packed or not
-)->pd.DataFrame:     # layer, kind, shape, scheme, bits, code_bits, bytes, error, seconds; totals in `.attrs`
+)->pd.DataFrame:     # layer, kind, shape, scheme, bits, code_bits, bytes, error, seconds, note; totals in `.attrs`
     "One row a layer; `.attrs` has the totals: bits over conv and linear weights, and over all parameters."
     sizes = stored_sizes(model)
-    rows = [r for n, m in model.named_modules() if (r := _row(n, m, sizes)) is not None]
-    columns = ['layer', 'kind', 'shape', 'scheme', 'bits', 'code_bits', 'bytes', 'error', 'seconds']
+    dense, packed = weighty(model), packed_layers(model)
+    rows = [_row(n, m, sizes) for n, m in model.named_modules() if n in dense or n in packed]
+    columns = ['layer', 'kind', 'shape', 'scheme', 'bits', 'code_bits', 'bytes', 'error', 'seconds', 'note']
     table = pd.DataFrame(rows, columns=columns)
     weights, size = int(sum(math.prod(s) for s in table['shape'])), int(table['bytes'].sum())
-    counted = {id(p) for m in packed_layers(model).values() for p in _stored(m)}
-    counted |= {id(m.weight) for m in packable(model).values()}
+    counted = {id(p) for m in packed.values() for p in _stored(m)} | {id(m.weight) for m in dense.values()}
     rest = [p for p in model.parameters() if id(p) not in counted]
     own = {k for k, _ in model.named_parameters(remove_duplicate=False)}
     buffers = sum(t.nbytes for k, t in model.state_dict().items()

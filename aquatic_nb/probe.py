@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from torch import nn
 
 from .core import generator, single_thread
-from .kaq import packable
+from .kaq import by_output, from_output, packable, weight_shape
 from .walk import Recording, answer, merge
 
 # %% ../nbs/05_bits/14_probe.ipynb #da9aabb4
@@ -54,14 +54,14 @@ def thinned(
 @contextmanager
 def weights_changed(
     model:nn.Module, # the model
-    change:dict,     # layer name -> weight to use, any float dtype, [O, N] or the layer's shape
+    change:dict,     # layer name -> weight to use, any float dtype, [O, N] or of `kaq.weight_shape`
 ):                   # a context
     "Run a block with some layers' weights replaced."
     layers = {n: model.get_submodule(n) for n in change}
     kept = {n: m.weight.data for n, m in layers.items()}
     try:
         for n, w in change.items():
-            layers[n].weight.data = w.to(kept[n].device, kept[n].dtype).reshape(kept[n].shape)
+            layers[n].weight.data = from_output(layers[n], w.to(kept[n].device, kept[n].dtype)).contiguous()
         yield model
     finally:
         for n, w in kept.items(): layers[n].weight.data = w
@@ -71,7 +71,7 @@ def _coarse_weights(model, bits=4):
     "Every layer rounded row by row: a model with errors like those of a quantized one, made in no time."
     out = {}
     for n, m in packable(model).items():
-        W = m.weight.detach().float().flatten(1)
+        W = by_output(m).float().flatten(1)
         step = (W.abs().amax(1, keepdim=True)/(2**(bits - 1) - .5)).clamp(min=1e-30)
         out[n] = (W/step).round()*step
     return out
@@ -182,11 +182,12 @@ class _Gains:
     "Hooks that sum up squared gradients at the outputs of some layers."
     def __init__(self, model, names):
         self.sums, self.guided = {}, False
-        self.hooks = [model.get_submodule(n).register_forward_hook(self.hook(n)) for n in names]
+        self.hooks = [model.get_submodule(n).register_forward_hook(self.hook(n), with_kwargs=True)
+                      for n in names]
 
     def hook(self, name):
-        def see(mod, args, out):
-            likeness = _likeness(args[0]) if self.guided else 0.
+        def see(mod, args, kwargs, out):
+            likeness = _likeness((*args, *kwargs.values())[0]) if self.guided else 0.
             if out.requires_grad:
                 out.register_hook(lambda g: self.add(name, mod, g.detach().float(), likeness))
         return see
@@ -197,7 +198,9 @@ class _Gains:
         if self.guided:
             a, b = g.chunk(2)
             power = a.pow(2) + b.pow(2) + 2*likeness*a*b
-        rows = power.flatten(0, -2).sum(0) if isinstance(mod, nn.Linear) else power.flatten(2).sum((0, 2))
+        if isinstance(mod, nn.Linear): rows = power.flatten(0, -2).sum(0)
+        else: rows = power.unflatten(0, (-1, mod.out_channels)).flatten(2).sum((0, 2)) \
+            if power.dim() == len(mod.kernel_size) + 1 else power.flatten(2).sum((0, 2))
         self.sums[name] = self.sums.get(name, 0) + rows.clamp(min=0)
 
     def close(self):
@@ -255,7 +258,7 @@ def dead_layers(
     gains = row_gains(probe, list(layers), 1, seed)
     for n, m in layers.items():
         if n in gains and float(gains[n].max()) > 1e-15: continue
-        noise = torch.randn(m.weight.shape, generator=generator(seed, 'dead', n)).to(m.weight)*m.weight.std()
+        noise = torch.randn(weight_shape(m), generator=generator(seed, 'dead', n)).to(m.weight)*m.weight.std()
         if max(probe.by_step({n: noise})) == 0: found.append(n)
     return found
 

@@ -22,21 +22,24 @@ from .act import attach_act
 from .aq import stored_bytes
 from .calib import calibration_batches
 from .core import Alone, Run, digest, single_thread, work_lock
-from .kaq import layer_kind, match_layers, packable, why_dense
+from .kaq import layer_kind, match_layers, packable, weight_shape, why_dense
 from .knapsack import allocate, bits_to_bytes
 from .laq import sensitivity, worth_of
 from .layers import packed_layers
-from .pack import CHECK, FINISH, WorkDir, encode_model, pack, quant_report, uniform_plan
+from .pack import (CHECK, FINISH, WorkDir, choose_uniform, encode_model, pack, quant_report,
+                             weights_of)
 from .probe import split_points, thinned, timestep_weights
 from .tune.distill import TuneConfig, tune_model
 
 # %% ../nbs/09_door/23_quant.ipynb #6bb17dba
+_NOTHING = 'no convolution or linear layer that could be quantized'
+
 def _check_model(model):
     "The layers of a model that can be quantized; TypeError or ValueError says what is wrong with it."
     if not isinstance(model, nn.Module): raise TypeError(f'model is a {type(model).__name__}, expected a '
                                                          f'diffusers model (a torch.nn.Module)')
     layers, packed, kind = packable(model), packed_layers(model), type(model).__name__
-    if not layers and not packed: raise ValueError(f'{kind} has no Conv2d or Linear that could be quantized')
+    if not layers and not packed: raise ValueError(f'{kind} has {_NOTHING}')
     if not hasattr(model, 'save_config'):
         raise TypeError(f'model is a {kind}, expected a diffusers model (a ModelMixin, with a config to '
                         f'save); '
@@ -60,24 +63,22 @@ def plan(
     laq=False,             # True: layers get what they bear, which only measurement tells
 )->pd.DataFrame:           # layer, kind, shape, scheme, bits, bytes, note
     "What `quantize` would do with a model, without doing it."
-    layers = packable(model)
-    if not layers: raise ValueError(f'{type(model).__name__} has no Conv2d or Linear that could be quantized')
-    shapes, dense = {n: tuple(m.weight.shape) for n,
-                     m in layers.items()}, next(iter(layers.values())).weight.element_size()
-    fixed = match_layers(overrides, shapes)
-    schemes = uniform_plan(shapes, check_bits(bits), fixed, codebook_dtype,
-                           dense)  # refuses what cannot be, in both cases
+    weights = weights_of(model)
+    if not weights.free: raise ValueError(f'{type(model).__name__} has {_NOTHING}')
+    fixed = match_layers(overrides, weights.free)
+    schemes = choose_uniform(model, check_bits(bits), fixed, codebook_dtype)   # refuses what cannot be, in both cases
     rows = []
     for n, m in model.named_modules():
-        w = getattr(m, 'weight', None)
-        if n in shapes and laq and n not in fixed: row = ('LAQ decides', math.nan, math.nan, '')
-        elif n in shapes:
-            size = stored_bytes(schemes[n], shapes[n], dense_bytes=dense)
-            row = (str(schemes[n]), size*8/math.prod(shapes[n]), size, 'set by hand' if n in fixed else '')
+        w, shape = getattr(m, 'weight', None), weights.shapes.get(n)
+        if n in weights.free and laq and n not in fixed: row = ('LAQ decides', math.nan, math.nan, '')
+        elif shape is not None:
+            size = stored_bytes(schemes[n], shape, dense_bytes=weights.sizes[n])
+            note = weights.stay.get(n) or ('set by hand' if n in fixed else '')
+            row = (str(schemes[n]), size*8/math.prod(shape), size, note)
         elif isinstance(w, nn.Parameter) and w.dim() > 1:
-            row = ('dense', 8.*w.element_size(), w.nbytes, why_dense(m))
+            row, shape = ('dense', 8.*w.element_size(), w.nbytes, why_dense(m)), tuple(w.shape)
         else: continue
-        rows.append((n, layer_kind(n), tuple(w.shape), *row))
+        rows.append((n, layer_kind(n), shape, *row))
     return pd.DataFrame(rows, columns=['layer', 'kind', 'shape', 'scheme', 'bits', 'bytes', 'note'])
 
 # %% ../nbs/09_door/23_quant.ipynb #d12fe569
@@ -133,17 +134,6 @@ def _check_arguments(s, calibration):
         raise ValueError('tune needs calibration=pipe, the pipeline whose trajectories teach; '
                          'for other models call tune.distill.distill with a Teacher of your own')
 
-# %% ../nbs/09_door/23_quant.ipynb #d08f6b4a
-def _unstorable(layers):
-    "Layers whose row scales leave fp16: they stay dense, and the run goes on."
-    out = []
-    for n, m in layers.items():
-        rms = m.weight.detach().float().flatten(1).pow(2).mean(1).sqrt()
-        scale = rms/40                                     # about what int8 codebooks make of it
-        lost = (scale.half().float() - scale).abs() > .01*scale
-        if (lost & (scale > 1e-4*scale.max())).any() or (rms/10 > 65504).any(): out.append(n)
-    return out
-
 # %% ../nbs/09_door/23_quant.ipynb #aca17bde
 def quantize(
     model:nn.Module,         # any diffusers model made of Conv2d and Linear; changed in place
@@ -178,10 +168,10 @@ def quantize(
                   guidance_scale, bool(sequential), codebook_dtype, act_bits, tune, seed, memory)
     _check_arguments(s, calibration)
     for check in CHECK: check(model)
-    fixed = match_layers(overrides, {n: tuple(m.weight.shape) for n, m in layers.items()})
-    left = [n for n in _unstorable(layers) if n not in fixed]
-    if left: warnings.warn(f'{len(left)} layers have row scales outside the range of fp16 and stay dense, '
-                           f'first {left[0]!r}')
+    fixed = match_layers(overrides, {n: weight_shape(m) for n, m in layers.items()})
+    stay = weights_of(model).stay
+    left = [n for n in stay if n in layers and fixed.get(n) != 'dense']
+    if left: warnings.warn(f'layer {left[0]!r} stays dense: {stay[left[0]]} ({len(left)} such)')
     job = _Job(model, s, calibration, fixed | dict.fromkeys(left, 'dense'),
                dict(prompts=calibration_prompts, kwargs=calibration_kwargs),
                Run(seed, workers, memory, progress, spread or Alone()))
@@ -250,11 +240,9 @@ def calibrate(self:_Job):
 @patch
 def choose(self:_Job, calls):
     "(name -> scheme, name -> what a layer's relative error is worth), by LAQ or the uniform plan."
-    s, run, layers = self.settings, self.shared_run, packable(self.model)
+    s, run = self.settings, self.shared_run
     if not s.laq or calls is None:
-        shapes, size = {n: tuple(m.weight.shape) for n,
-                        m in layers.items()}, next(self.model.parameters()).element_size()
-        return uniform_plan(shapes, s.bits, self.fixed, s.codebook_dtype, size), None
+        return choose_uniform(self.model, s.bits, self.fixed, s.codebook_dtype), None
     folder = None if self.work.path is None else self.work.path/'laq'
     table = sensitivity(self.model, thinned(calls, _PER_STEP, whole=True), codebook_dtype=s.codebook_dtype,
                         work_dir=folder,

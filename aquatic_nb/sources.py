@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 import aquatic_nb
-from .kaq import packable
+from .kaq import packable, weight_shape
 
 # %% ../nbs/12_command/39_sources.ipynb #70f31a71
 _SHIPPED = ('mini-ldm',)
@@ -237,8 +237,8 @@ def memory_needed(
     calibrated=True, # False: no moments
 )->dict:             # bytes by purpose, and 'total'
     "What quantizing a model takes, roughly from above."
-    weights = [m.weight for m in packable(model).values()]
-    fan_in, numels = [math.prod(w.shape[1:]) for w in weights], [w.numel() for w in weights]
+    shapes = [weight_shape(m) for m in packable(model).values()]
+    fan_in, numels = [math.prod(s[1:]) for s in shapes], list(map(math.prod, shapes))
     held = max(8*max(fan_in)**2, min(moments, sum(4*n**2 for n in fan_in)))
     need = dict(model=sum(p.nbytes for p in model.parameters()), packed=int(sum(numels)*bits/8),
                 moments=held if calibrated else 0, encoder=16*max(numels), libraries=2**29)

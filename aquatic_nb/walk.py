@@ -653,6 +653,20 @@ def _arguments(pipe, prompts, n, options):
                                  "or record a call of yours with record_inputs(model, lambda: pipe(...))")
     return given
 
+# %% ../nbs/02_models/04_walk.ipynb #cd2e19e6
+_FROM_BELOW = (TypeError, ValueError, AttributeError, KeyError, IndexError, RuntimeError)
+
+def _asked(run):
+    "The calls of a pipeline's run; ValueError where it does not run with what it was given."
+    try: return run.record()
+    except torch.OutOfMemoryError: raise
+    except _FROM_BELOW as e:
+        given = ', '.join(k for k in run.arguments if k not in ('return_dict', 'output_type'))
+        raise ValueError(f'calibration: {type(run.pipe).__name__} does not run with {given} '
+                         f'({type(e).__name__}: {str(e)[:300]}); give what it needs with '
+                         'calibration_kwargs={...}, or record a call of yours with record_inputs(model, '
+                         'lambda: pipe(...))') from e
+
 # %% ../nbs/02_models/04_walk.ipynb #1811bee9
 def record(
     pipe,                # any diffusers pipeline
@@ -676,7 +690,7 @@ def record(
             options = dict(num_inference_steps=steps, guidance_scale=guidance_scale,
                            generator=seed*1_000_003 + a, kwargs=dict(kwargs or {}))
             one = _PipelineRun(pipe, model, _arguments(pipe, texts, len(ids), options), ids)
-            calls += one.record()
+            calls += _asked(one)
             if not one.n_calls: raise ValueError(f'calibration: {type(pipe).__name__} never called the '
                                                  f'{type(model).__name__}')
             runs.append(one)
@@ -690,5 +704,7 @@ def record_inputs(
 ) -> Recording:      # the calls; they cannot be run again
     "Run `call` and keep what `model` was called with and what it answered."
     with torch.no_grad(), _Tap(None, model, torch.arange(0)) as tap: call()
-    if not tap.calls: raise ValueError(f'record_inputs: {type(model).__name__} was never called')
+    if not tap.calls:
+        raise ValueError(f'record_inputs: {type(model).__name__} was never called itself (methods such as encode '
+                         'and decode do not count); record the part that is called, or give its inputs as a list')
     return Recording(tap.calls)
