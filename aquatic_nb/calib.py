@@ -119,15 +119,19 @@ def _try_auto(model, call):
         with torch.no_grad(): out = answer(model, call)
     except torch.OutOfMemoryError: raise
     except Exception as e: # whatever a model's forward raises where an argument is not as it wants it
-        raise ValueError(f"calibration='auto': inputs made up from its config ({', '.join(call)}) do not suit {kind} "
-                         f'({type(e).__name__}: {str(e)[:200]}); {_WAYS}') from e
+        raise ValueError(f"calibration='auto': inputs made up from its config ({', '.join(call)}) do not "
+                         f'suit {kind} ({type(e).__name__}: {str(e)[:200]}); {_WAYS}') from e
     if out.dim() != x.dim() or out.shape[2:] != x.shape[2:]:
-        raise ValueError(f"calibration='auto': {kind} answers {tuple(out.shape)} to {tuple(x.shape)}, so there is no way "
-                         f'from noise to a sample; {_WAYS}')
+        raise ValueError(f"calibration='auto': {kind} answers {tuple(out.shape)} to {tuple(x.shape)}, so "
+                         f'there is no way from noise to a sample; {_WAYS}')
 
 # %% ../nbs/03_encoder/09_calib.ipynb #cfa335a7
 def _walk_auto(model, n, steps, run):
     "A walk with made-up conditions."
+    if not hasattr(model, 'config'):
+        raise ValueError(f"calibration='auto': {type(model).__name__} is a plain module, of whose inputs "
+                         'nothing is known; give a list of calls [(args, kwargs), ...], a function that runs '
+                         'it, or calibration=None')
     condition = _auto_conditions(model, n, run.seed)
     scheduler, origin = own_scheduler(model)
     gen, sample_name = generator(run.seed, 'walk'), next(k

@@ -460,6 +460,7 @@ def _least_step(scales):
     small = float(scales.abs()[_counting(scales) & (scales != 0)].min()) if bool((scales != 0).any()) else 1.
     return _LEAST/small
 
+# %% ../nbs/03_encoder/10_encode.ipynb #3fd900c0
 def _round_storage(st):
     "Round codebooks to int8 or fp16 values (kept as float32) and scales to fp16."
     if st.scheme.kind == 'aq' and st.scheme.codebook_dtype == 'int8':

@@ -43,6 +43,8 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 
 from fastcore.basics import patch
 
+from safetensors.torch import save_file
+
 from torch import nn
 
 from .act import bind_timestep
@@ -51,7 +53,7 @@ from .core import when_imported, work_lock
 
 from .format import CHECKSUMS, FORMAT_VERSION, StoredModel, check_loaded, file_tensors, lay_out
 
-from .format import shared_codebooks, weight_files
+from .format import shared_codebooks, storable_dtype, weight_files
 
 from .kaq import PACKED, from_output
 from .layers import AQConv2d, AQLayer, dense_class, packed_layers, swap, why_not_replaced
@@ -146,7 +148,9 @@ def _dense_shapes(model):
 # %% ../nbs/08_files/22_hub.ipynb #1772f939
 def _nature(module):
     "What a layer computes, apart from its tensors; a packed one answers as the dense one would."
-    if isinstance(module, AQLayer): return dense_class(module).__name__, dense_class(module).extra_repr(module)
+    if isinstance(module, AQLayer):
+        dense = dense_class(module)
+        return dense.__name__, dense.extra_repr(module)
     return type(module).__name__, module.extra_repr()
 
 # %% ../nbs/08_files/22_hub.ipynb #bc172a6b
@@ -346,13 +350,9 @@ def create_quantized_param(self:AquaticQuantizer, model, value, param_name, devi
 
 auto.AUTO_QUANTIZER_MAPPING['aquatic'] = AquaticQuantizer
 
-# %% ../nbs/08_files/22_hub.ipynb #42ba618a
-def attach(
-    model,         # a diffusers model with packed layers
-    bits=None,     # what was asked for
-    act_bits=None, # what was asked for; what is stored is what the layers have
-):                 # the model
-    "Make a model that was packed in memory one that `save_pretrained` knows how to save."
+# %% ../nbs/08_files/22_hub.ipynb #81aaaf53
+def _entry_of(model, bits=None, act_bits=None):
+    "What config.json says about the packed layers of a model."
     layers = packed_layers(model).values()
     if not layers: raise ValueError('attach: the model has no packed layers; quantize it first')
     found = sorted({m.act.bits for m in layers if m.act is not None})
@@ -360,7 +360,17 @@ def attach(
         raise ValueError(f'attach: layers have activations of {found} bits, expected one width')
     if found and act_bits not in (None, *found):
         raise ValueError(f'attach: act_bits={act_bits}, but the layers have activations of {found[0]} bits')
-    config = AquaticConfig(bits, next(iter(found), None), shared_codebooks(model))
+    return AquaticConfig(bits, next(iter(found), None), shared_codebooks(model))
+
+# %% ../nbs/08_files/22_hub.ipynb #42ba618a
+def attach(
+    model,         # a diffusers model with packed layers
+    bits=None,     # what was asked for
+    act_bits=None, # what was asked for; what is stored is what the layers have
+):                 # the model
+    "Make a model that was packed in memory one that `save_pretrained` knows how to save."
+    config = _entry_of(model, bits, act_bits)
+    if not hasattr(model, 'register_to_config'): return model     # a plain module: told when it is saved
     model.hf_quantizer = AquaticQuantizer(config).belong(model)
     model.quantization_method, model.is_quantized = config.quant_method, False
     model.register_to_config(quantization_config=config)
@@ -404,7 +414,12 @@ def model_class(
 ):          # the class that its config.json names
     "The diffusers class of a model folder; ValueError where it is none."
     path = Path(folder)/'config.json'
-    try: name = json.loads(path.read_text(encoding='utf-8'))['_class_name']
+    try:
+        config = json.loads(path.read_text(encoding='utf-8'))
+        if 'plain_module' in config:
+            raise ValueError(f'holds a plain module, {config["plain_module"]}: call '
+                             'load_quantized(module_or_function_that_builds_it, folder)')
+        name = config['_class_name']
     except FileNotFoundError as e:
         raise ValueError(f'{str(folder)!r} is no diffusers model folder: it has no config.json') from e
     except (OSError, ValueError, KeyError, TypeError) as e:
@@ -416,8 +431,10 @@ def model_class(
 
 # %% ../nbs/08_files/22_hub.ipynb #4071b7b5
 def _check_entry(path, stored):
-    "ValueError where the entry of config.json and the files do not belong together."
-    entry = json.loads(path.read_text(encoding='utf-8')).get('quantization_config')
+    "The entry of config.json, or None; ValueError where it and the files do not belong together."
+    try: entry = json.loads(path.read_text(encoding='utf-8')).get('quantization_config')
+    except (ValueError, AttributeError) as e:
+        raise ValueError(f'{path}: no readable JSON object ({e}); get the file again') from e
     if stored.packed and not entry: raise ValueError(
         f'{path}: the weights are packed, but the entry "quantization_config" is gone; put back '
         f'{{"quant_method": "aquatic", "format_version": 1}} (and act_bits, shared_codebooks where there '
@@ -425,16 +442,19 @@ def _check_entry(path, stored):
     if entry and not isinstance(entry, dict):
         raise ValueError(
             f'{path}: quantization_config is {str(entry)[:40]!r}, expected an object; get the file again')
-    if entry: AquaticConfig.from_dict(entry)
+    return AquaticConfig.from_dict(entry) if entry else None
 
 # %% ../nbs/08_files/22_hub.ipynb #f35eaa73
 _INSIDE = TypeError, KeyError, AttributeError, IndexError, ZeroDivisionError, RuntimeError   # from below
 
 def load_quantized(
-    folder,   # a folder written by `save_pretrained` or `save_quantized`
-    **kwargs, # for `from_pretrained`, e.g. torch_dtype
-):            # the model
+    source,      # a folder of `save_quantized`; for plain modules the module, or a function that builds it
+    folder=None, # the folder, where `source` is a module or builds one
+    **kwargs,    # for `from_pretrained`, e.g. torch_dtype
+):               # the model; a plain module is filled in place and returned
     "Load a packed model of whatever class, with its files looked at before anything else happens."
+    if folder is not None: return _load_plain(source, Path(folder), **kwargs)
+    folder = source
     cls, path = model_class(folder), Path(folder)/'config.json'
     _check_entry(path, StoredModel(weight_files(folder, kwargs.get('variant'))))
     own = dict(local_files_only=True, use_safetensors=True, low_cpu_mem_usage=True)
@@ -458,13 +478,34 @@ def check_replaceable(
         f'{str(folder)!r} is no model folder, and only those are replaced; remove it yourself, or give '
         'another folder')
 
+# %% ../nbs/08_files/22_hub.ipynb #330b21d4
+def _write_plain(model, folder, kwargs):
+    "A plain module's packed layers and other tensors; no code."
+    entry, kind, state = _entry_of(model).to_dict(), type(model), model.state_dict()
+    if kwargs: raise TypeError(f'save_quantized: {next(iter(kwargs))!r} is for models of diffusers; '
+                               f'{kind.__name__} is a plain module')
+    wrong = [k for k, t in state.items() if not torch.is_tensor(t) or not storable_dtype(t)]
+    if wrong: raise ValueError(
+        f'{kind.__name__}: {wrong[0]!r} of its state_dict is no tensor that files here can hold; register '
+        'it as a buffer with persistent=False, or hold it elsewhere')
+    folder.mkdir(parents=True)
+    config = dict(plain_module=f'{kind.__module__}.{kind.__qualname__}', quantization_config=entry)
+    (folder/'config.json').write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
+    state = {k: t.detach().cpu().contiguous() for k, t in file_tensors(state, entry).items()}
+    save_file(state, folder/'model.safetensors')
+
+def _write(model, folder, kwargs):
+    if hasattr(model, 'save_pretrained'): model.save_pretrained(folder, safe_serialization=True, **kwargs)
+    else: _write_plain(model, folder, kwargs)
+
+# %% ../nbs/08_files/22_hub.ipynb #f71b3248
 def _exchange(model, folder, tmp, kwargs):
     "Write the model into `tmp`, then put it in the place of `folder`; what was there stays whole until then."
     new, old = tmp/'new', tmp/'old'
     with work_lock(tmp):
         shutil.rmtree(new, ignore_errors=True)
         try:
-            model.save_pretrained(new, safe_serialization=True, **kwargs)
+            _write(model, new, kwargs)
             for f in (o for o in new.rglob('*') if o.is_file()):
                 with open(f, 'rb+') as h: os.fsync(h.fileno())
             if folder.exists(): os.replace(folder, old)
@@ -474,7 +515,7 @@ def _exchange(model, folder, tmp, kwargs):
 
 # %% ../nbs/08_files/22_hub.ipynb #9eef9c4c
 def save_quantized(
-    model,       # a packed model, see `attach`, or a pipeline that holds one
+    model,       # a packed model, see `attach`, a pipeline that holds one, or a packed module of any kind
     folder,      # where to; made, must not exist
     force=False, # replace a folder that exists
     **kwargs,    # for `save_pretrained`, e.g. max_shard_size, variant
@@ -494,6 +535,57 @@ def save_quantized(
         why = f'cannot write: {e.strerror or e}; free some space or check the permissions, and save again'
         raise OSError(e.errno, why, str(folder)) from e
     return folder
+
+# %% ../nbs/08_files/22_hub.ipynb #f5c7391a
+def _built(make):
+    "The module that a function builds; TypeError where it does not."
+    model = make() if callable(make) else make
+    if isinstance(model, nn.Module): return model
+    what = f'{type(model).__name__} that {getattr(make, "__name__", "it")} returned' if callable(make) \
+        else type(make).__name__
+    raise TypeError('load_quantized: expected a module, or a function that builds one, before the folder; '
+                    f'got {what}')
+
+# %% ../nbs/08_files/22_hub.ipynb #0960cbf3
+def _load_plain(source, folder, **kwargs):
+    "A plain module from a folder: what is stored takes the place of what the module has."
+    if kwargs: raise TypeError(f'load_quantized: {next(iter(kwargs))!r} is for models of diffusers; move and '
+                               'cast a plain module afterwards')
+    path, model = folder/'config.json', source if isinstance(source, nn.Module) else _built(source)
+    if not path.is_file():
+        raise ValueError(f'{str(folder)!r} is no folder of a packed model: it has no config.json')
+    stored = StoredModel(weight_files(folder))
+    config = _check_entry(path, stored)
+    if config is None:
+        raise ValueError(f'{path}: the entry "quantization_config" is missing; get the file again')
+    if os.environ.get('AQUATIC_VERIFY', '1') != '0': stored.verify(config.to_dict())
+    mode = model.training
+    lay_out(model, stored, config)
+    _fill(model, stored)
+    check_loaded(model, stored.paths[0])
+    if config.act_bits: bind_timestep(model)
+    return model.train(mode)
+
+# %% ../nbs/08_files/22_hub.ipynb #530b6dc2
+@torch.no_grad()
+def _fill(model, stored):
+    "Put every stored tensor in its place, in its own dtype, on the device of what was there."
+    home = next((p.device for p in model.parameters() if not p.is_meta), torch.device('cpu'))
+    for name in set(model.state_dict()) & set(stored.entries):
+        parent, _, leaf = name.rpartition('.')
+        module, value = model.get_submodule(parent), stored.tensor(name)
+        place = module._parameters if leaf in module._parameters else module._buffers
+        old = place[leaf]
+        if not old.is_meta and old.dtype == value.dtype: old.data.copy_(value); continue
+        value = value.to(home if old.is_meta else old.device)
+        if place is module._parameters:
+            value = nn.Parameter(value, old.requires_grad and not isinstance(module, AQLayer))
+        place[leaf] = value
+    for layer in packed_layers(model).values():
+        if layer.bias is not None: continue
+        layer.like = nn.Parameter(torch.empty_like(layer.like, device=home), requires_grad=False)
+    for first, others in shared_codebooks(model).items():
+        for o in others: model.get_submodule(o).codebooks = model.get_submodule(first).codebooks
 
 # %% ../nbs/08_files/22_hub.ipynb #f79823e4
 def _untie(module):

@@ -123,9 +123,11 @@ _KINDS = (
 
 def layer_kind(
     name:str, # dotted name of a layer
-)->str:       # one of the kinds, 'other' where the name tells nothing
-    "What a layer does in a diffusers U-Net, told from its name."
-    return next((kind for kind, pattern in _KINDS if re.search(pattern, name)), 'other')
+)->str:       # one of the kinds, else the last word of the name, 'other' where it has none
+    "What a layer does, told from its name."
+    words = [o for o in name.split('.') if not o.isdigit()]
+    last = words[-1] if words else 'other'
+    return next((kind for kind, pattern in _KINDS if re.search(pattern, name)), last)
 
 # %% ../nbs/01_theory/02_kaq.ipynb #b6ab248b
 def as_scheme(

@@ -284,6 +284,7 @@ class _Transposed(AQLayer):
         return run(x, from_output(self, weight), self.bias, self.stride, self.padding, extra, self.groups,
                    self.dilation)
 
+# %% ../nbs/04_layers/11_layers.ipynb #762739d7
 class AQConvTranspose1d(_Transposed, nn.ConvTranspose1d): "A packed ConvTranspose1d."
 class AQConvTranspose2d(_Transposed, nn.ConvTranspose2d): "A packed ConvTranspose2d."
 class AQConvTranspose3d(_Transposed, nn.ConvTranspose3d): "A packed ConvTranspose3d."

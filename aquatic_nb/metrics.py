@@ -455,7 +455,8 @@ def _read_weights(path):
     "Tensors of a file; ValueError where it holds anything else, which is never run."
     try: return torch.load(path, map_location='cpu', weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as e:
-        raise ValueError(f'{path} is damaged, or holds more than tensors ({type(e).__name__}); get it again') from e
+        raise ValueError(f'{path} is damaged, or holds more than tensors ({type(e).__name__}); get it '
+                         'again') from e
 
 # %% ../nbs/11_judging/34_metrics.ipynb #934657c3
 def _spatial_slice(

@@ -98,8 +98,9 @@ def weights_of(
     "Every weight that counts, and what can't be packed."
     layers = weighty(model)
     why = {n: why_dense(m) or _why_unstorable(m.weight) for n, m in layers.items()}
-    return Weights({n: weight_shape(m) for n, m in layers.items()},
-                   {n: m.weight.element_size() for n, m in layers.items()}, {n: w for n, w in why.items() if w})
+    sizes = {n: m.weight.element_size() for n, m in layers.items()}
+    shapes = {n: weight_shape(m) for n, m in layers.items()}
+    return Weights(shapes, sizes, {n: w for n, w in why.items() if w})
 
 def _why_unstorable(weight):
     if weight.is_meta or storable(weight): return None
@@ -113,7 +114,8 @@ def choose_uniform(
 )->dict:                   # name -> Scheme or 'dense', for every convolution and linear layer
     "`uniform_plan` of a model."
     w = weights_of(model)
-    return uniform_plan(w.shapes, bits, {**(fixed or {}), **dict.fromkeys(w.stay, 'dense')}, codebook_dtype, w.sizes)
+    fixed = {**(fixed or {}), **dict.fromkeys(w.stay, 'dense')}
+    return uniform_plan(w.shapes, bits, fixed, codebook_dtype, w.sizes)
 
 # %% ../nbs/06_packing/17_pack.ipynb #ad8b20f0
 class WorkDir:
@@ -312,7 +314,8 @@ def pack_uniform(
 )->nn.Module:        # the model
     "Pack without calibration, every layer by the uniform plan: quick, and much worse than `quant.quantize`."
     layers = packable(model)
-    if not layers: raise ValueError(f'{type(model).__name__} has no convolution or linear layer that could be quantized')
+    if not layers: raise ValueError(f'{type(model).__name__} has no convolution or linear layer that could '
+                                    'be quantized')
     return pack(model, encode_model(model, choose_uniform(model, bits), run=run))
 
 # %% ../nbs/06_packing/17_pack.ipynb #7c1de021
@@ -336,7 +339,8 @@ def _stored(layer): return [p for k in layer._stored if (p := getattr(layer, k))
 # %% ../nbs/06_packing/17_pack.ipynb #ae2f7167
 def quant_report(
     model:nn.Module, # a model, packed or not
-)->pd.DataFrame:     # layer, kind, shape, scheme, bits, code_bits, bytes, error, seconds, note; totals in `.attrs`
+# layer, kind, shape, scheme, bits, code_bits, bytes, error, seconds, note; totals in `.attrs`
+)->pd.DataFrame:
     "One row a layer; `.attrs` has the totals: bits over conv and linear weights, and over all parameters."
     sizes = stored_sizes(model)
     dense, packed = weighty(model), packed_layers(model)

@@ -25,7 +25,7 @@ from .core import Alone, Run, digest, single_thread, work_lock
 from .kaq import layer_kind, match_layers, packable, weight_shape, why_dense
 from .knapsack import allocate, bits_to_bytes
 from .laq import sensitivity, worth_of
-from .layers import packed_layers
+from .layers import packed_layers, why_not_replaced
 from .pack import (CHECK, FINISH, WorkDir, choose_uniform, encode_model, pack, quant_report,
                              weights_of)
 from .probe import split_points, thinned, timestep_weights
@@ -36,17 +36,15 @@ _NOTHING = 'no convolution or linear layer that could be quantized'
 
 def _check_model(model):
     "The layers of a model that can be quantized; TypeError or ValueError says what is wrong with it."
-    if not isinstance(model, nn.Module): raise TypeError(f'model is a {type(model).__name__}, expected a '
-                                                         f'diffusers model (a torch.nn.Module)')
+    if not isinstance(model, nn.Module):
+        raise TypeError(f'model is a {type(model).__name__}, expected a torch.nn.Module; of a pipeline, give '
+                        'the part: pipe.unet')
     layers, packed, kind = packable(model), packed_layers(model), type(model).__name__
     if not layers and not packed: raise ValueError(f'{kind} has {_NOTHING}')
-    if not hasattr(model, 'save_config'):
-        raise TypeError(f'model is a {kind}, expected a diffusers model (a ModelMixin, with a config to '
-                        f'save); '
-                        'other modules can go through encode_model and pack')
     if packed: raise ValueError(f'the model is already quantized ({len(packed)} packed layers); call '
                                 f'hub.dequantize first')
     for n, m in layers.items():
+        if why := why_not_replaced(m): raise ValueError(f'layer {n!r}: {why}')
         if m.weight.is_meta: raise ValueError(f'layer {n!r} has no weights (meta device); load the model '
                                               f'first')
         if not torch.isfinite(m.weight).all():
@@ -66,7 +64,8 @@ def plan(
     weights = weights_of(model)
     if not weights.free: raise ValueError(f'{type(model).__name__} has {_NOTHING}')
     fixed = match_layers(overrides, weights.free)
-    schemes = choose_uniform(model, check_bits(bits), fixed, codebook_dtype)   # refuses what cannot be, in both cases
+    # refuses what cannot be, in both cases
+    schemes = choose_uniform(model, check_bits(bits), fixed, codebook_dtype)
     rows = []
     for n, m in model.named_modules():
         w, shape = getattr(m, 'weight', None), weights.shapes.get(n)
@@ -136,11 +135,11 @@ def _check_arguments(s, calibration):
 
 # %% ../nbs/09_door/23_quant.ipynb #aca17bde
 def quantize(
-    model:nn.Module,         # any diffusers model made of Conv2d and Linear; changed in place
+    model:nn.Module,         # a diffusers model, or any other module; changed in place
     bits:float=2,            # average stored bits over all conv and linear weights, 0.25 to 16
     *,
     act_bits:int=None,       # 8, 6 or 4: activations too, but those of conv_in and conv_out; None: leave them
-    calibration='auto',      # list of inputs, a pipeline that holds the model, 'auto', or None (weight error)
+    calibration='auto',      # list of inputs, function that runs it, pipeline that holds it, 'auto', or None
     calibration_prompts:list=None, # texts for pipelines that take them; None: the package's own
     calibration_kwargs:dict=None,  # further arguments of the pipeline, e.g. an image
     n_calibration:int=None,  # calibration trajectories; None: 64, for models of more than 100M parameters 16
@@ -160,14 +159,15 @@ def quantize(
     spread:Alone=None,       # the processes of the run, see `ldm4.Spread`; None: this one alone
     progress:bool=True,      # progress bars
 )->nn.Module:                # the same model, packed, in eval mode
-    "Quantize a diffusers model in place to `bits` stored bits a weight."
+    "Quantize a model in place to `bits` stored bits a weight."
     layers, size = _check_model(model), sum(p.numel() for p in model.parameters())
     home = str(device or next(model.parameters()).device)
     if sequential == 'auto': sequential = size <= _LARGE or 'cuda' in home
     s = _Settings(bits, bool(laq), beam, sweeps, n_calibration or (64 if size <= _LARGE else 16),
                   guidance_scale, bool(sequential), codebook_dtype, act_bits, tune, seed, memory)
     _check_arguments(s, calibration)
-    for check in CHECK: check(model)
+    own = hasattr(model, 'save_config')             # a plain module: saved with `hub.save_quantized`
+    for check in CHECK if own else (): check(model)
     fixed = match_layers(overrides, {n: weight_shape(m) for n, m in layers.items()})
     stay = weights_of(model).stay
     left = [n for n in stay if n in layers and fixed.get(n) != 'dense']
@@ -180,7 +180,7 @@ def quantize(
 # %% ../nbs/09_door/23_quant.ipynb #1981112e
 @delegates(quantize)
 def quantize_unet(
-    unet:nn.Module, # any diffusers model made of Conv2d and Linear; changed in place
+    unet:nn.Module, # a diffusers model, or any other module; changed in place
     bits:float=2,   # average stored bits over all conv and linear weights, 0.25 to 16
     **kwargs
 )->nn.Module:       # the same model, packed, in eval mode
@@ -225,7 +225,7 @@ def stages(self:_Job):
     inner = [n for n in packed_layers(model) if n not in ('conv_in', 'conv_out')]
     if s.act_bits is not None: attach_act(model, s.act_bits, few, layers=inner, seed=s.seed)
     if dense is not None: self.tune(dense, calls)
-    for finish in FINISH: finish(model, s.bits)
+    for finish in FINISH if hasattr(model, 'save_config') else (): finish(model, s.bits)
 
 # %% ../nbs/09_door/23_quant.ipynb #14bebd5c
 @patch

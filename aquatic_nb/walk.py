@@ -705,6 +705,7 @@ def record_inputs(
     "Run `call` and keep what `model` was called with and what it answered."
     with torch.no_grad(), _Tap(None, model, torch.arange(0)) as tap: call()
     if not tap.calls:
-        raise ValueError(f'record_inputs: {type(model).__name__} was never called itself (methods such as encode '
-                         'and decode do not count); record the part that is called, or give its inputs as a list')
+        raise ValueError(f'record_inputs: {type(model).__name__} was never called itself (methods such as '
+                         'encode and decode do not count); record the part that is called, or give its '
+                         'inputs as a list')
     return Recording(tap.calls)

@@ -20,6 +20,7 @@ from aquatic_nb.layers import packed_layers
 from aquatic_nb.pack import encode_model, pack
 from aquatic_nb.quant import plan, quantize, quant_report
 from packed_models import conditional
+from plain_nets import ResearchUNet
 
 QUICK = dict(laq=False, beam=1, sweeps=1, progress=False)
 CONVS = {1: (nn.Conv1d, nn.ConvTranspose1d), 2: (nn.Conv2d, nn.ConvTranspose2d), 3: (nn.Conv3d, nn.ConvTranspose3d)}
@@ -45,13 +46,12 @@ def unet3d():
                                 norm_num_groups=4, down_block_types=('CrossAttnDownBlock3D', 'DownBlock3D'), up_block_types=('UpBlock3D', 'CrossAttnUpBlock3D'))
 
 CASES = {'sounds': (unet1d, lambda g: dict(sample=torch.randn(2, 2, 32, generator=g), timestep=7)),
-         'videos': (unet3d, lambda g: dict(sample=torch.randn(1, 4, 2, 8, 8, generator=g), timestep=7, encoder_hidden_states=torch.randn(1, 3, 8, generator=g))),
+         'videos': (unet3d, lambda g: dict(sample=torch.randn(1, 4, 1, 4, 4, generator=g), timestep=7, encoder_hidden_states=torch.randn(1, 3, 8, generator=g))),
          'of everything': (AnyLayers, lambda g: dict(sample=torch.randn(3, 4, 12, generator=g)))}
 
 def weights(model): return sum(m.weight.numel() for m in model.modules() if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd)))
 
-@pytest.mark.parametrize('laq', [False, True])
-@pytest.mark.parametrize('name', CASES)
+@pytest.mark.parametrize('name, laq', [*((n, False) for n in CASES), ('sounds', True), pytest.param('videos', True, marks=pytest.mark.slow), ('of everything', True)])
 def test_everything_is_counted_packed_and_saved(name, laq, tmp_path):
     make, inputs = CASES[name]
     torch.manual_seed(0)
@@ -161,3 +161,53 @@ def test_inputs_that_cannot_be_made_up_are_refused_in_one_sentence():
         before = {k: v.clone() for k, v in model.state_dict().items()}
         with pytest.raises(ValueError, match=f"calibration='auto'.*{type(model).__name__}.*record_inputs"): quantize(model, 4, **QUICK)
         assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()) and not packed_layers(model)
+
+# ---- modules of any kind ----
+
+def research_calls(n=4, samples=3):
+    g = generator(0, 'calls')
+    return [((torch.randn(samples, 3, 16, 16, generator=g)*s, torch.full((samples,), t)), dict(y=torch.randint(0, 10, (samples,), generator=g)))
+            for s, t in zip((80., 20., 3., .5), (999, 700, 400, 50))][:n]
+
+@pytest.mark.parametrize('laq', [False, True])
+def test_a_research_unet_goes_all_the_way(tmp_path, laq):
+    "Plain modules, 1x1 Conv1d, einsum: quantized, reported, saved without code, loaded into a module or by a function, equal."
+    torch.manual_seed(0)
+    net, calls = ResearchUNet(16, blocks=1).eval(), research_calls()
+    count, (args, kw) = weights(net), calls[2]
+    want = net(*args, **kw).detach()
+    quantize(net, 7, act_bits=8, calibration=calls, work_dir=tmp_path/'work', **QUICK | dict(laq=laq))
+    report = quant_report(net)
+    assert report.attrs['weights'] == count and report.attrs['bits'] <= 7 and (laq or (report.scheme != 'dense').all())
+    got = net(*args, **kw).detach()
+    assert (got - want).pow(2).mean() < .05*want.pow(2).mean()
+    save_quantized(net, tmp_path/'m')
+    assert {o.suffix for o in (tmp_path/'m').iterdir()} == {'.json', '.safetensors'}
+    for own in (ResearchUNet(16, blocks=1).eval(), lambda: ResearchUNet(16, blocks=1).eval()):
+        again = load_quantized(own, tmp_path/'m')
+        assert torch.equal(again(*args, **kw), got) and packed_layers(again).keys() == packed_layers(net).keys()
+    with pytest.raises(ValueError, match='weights and config belong to different models|expected'): load_quantized(ResearchUNet(16, mult=(1, 1), blocks=1), tmp_path/'m')
+    with pytest.raises(ValueError, match='plain_nets.ResearchUNet.*module_or_function'): load_quantized(tmp_path/'m')
+    with pytest.raises(TypeError, match='got NoneType that'): load_quantized(lambda: None, tmp_path/'m')
+    dense = dequantize(again)
+    assert not packed_layers(dense) and weights(dense) == count
+
+def test_plain_modules_ask_for_inputs():
+    net = ResearchUNet(16, blocks=1)
+    with pytest.raises(ValueError, match='ResearchUNet is a plain module.*args, kwargs'): quantize(net, 4, **QUICK)
+    with pytest.raises(ValueError, match='entry 0 does not fit ResearchUNet.forward'): quantize(net, 4, calibration=[dict(image=torch.zeros(1, 3, 16, 16))], **QUICK)
+    run = lambda: [net(*a, **k) for a, k in research_calls(2)]
+    assert packed_layers(quantize(net, 8, calibration=run, **QUICK))
+
+def test_a_flipped_bit_of_a_plain_folder_is_found(tmp_path):
+    torch.manual_seed(0)
+    save_quantized(quantize(ResearchUNet(16, blocks=1), 8, calibration=None, **QUICK), tmp_path/'m')
+    file = tmp_path/'m'/'model.safetensors'
+    raw = bytearray(file.read_bytes()); raw[len(raw)//2] ^= 4; file.write_bytes(raw)
+    with pytest.raises(ValueError, match='checksum'): load_quantized(ResearchUNet(16, blocks=1), tmp_path/'m')
+
+def test_what_no_file_can_hold_is_named(tmp_path):
+    net = quantize(ResearchUNet(16, blocks=1), 8, calibration=None, **QUICK)
+    net.register_buffer('rotary', torch.zeros(3, dtype=torch.complex64))
+    with pytest.raises(ValueError, match="'rotary'.*persistent=False"): save_quantized(net, tmp_path/'m')
+    assert not (tmp_path/'m').exists()
