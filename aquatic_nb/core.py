@@ -17,6 +17,7 @@ import platform
 import sys
 import tempfile
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -286,14 +287,32 @@ class MovingAverage:
             m.copy_(now)
 
 # %% ../nbs/02_models/03_core.ipynb #1d3178aa
+class _Bar(tqdm):
+    "A bar that is drawn anew every other second, so that it shows that work goes on between two updates."
+    def __init__(self, *args, every=2., **kwargs):
+        super().__init__(*args, **kwargs)
+        self.over = threading.Event()
+        if self.disable: return
+        args = weakref.ref(self), self.over, every
+        threading.Thread(target=_beat, args=args, daemon=True).start()
+
+    def close(self):
+        if hasattr(self, 'over'): self.over.set()
+        super().close()
+
+def _beat(bar, over, every):
+    while not over.wait(every) and (now := bar()) is not None:
+        if not now.disable: now.refresh()
+        del now
+
 def progress_bar(
     iterable=None, # what to go through; None for a bar that is moved by `.update()`
     total:int|None=None, # number of steps, where `len(iterable)` does not tell
     desc:str='', # what is being done
     disable:bool=False, # say nothing
 ) -> tqdm: # iterates over `iterable`, or a bar with `.update()` and `.close()`
-    "A progress bar with the time that remains."
-    return tqdm(iterable, total=total, desc=desc, disable=disable, file=sys.stderr, dynamic_ncols=True,
+    "A progress bar with the time that remains; its clock moves while one step takes long."
+    return _Bar(iterable, total=total, desc=desc, disable=disable, file=sys.stderr, dynamic_ncols=True,
                 mininterval=.5)
 
 # %% ../nbs/02_models/03_core.ipynb #2f1d9126

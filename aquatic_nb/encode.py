@@ -208,6 +208,7 @@ def start(
     seed:int=0,         # seed of k-means
     per_codeword=24,    # vectors per codeword that k-means looks at
     earlier:State=None, # an encoding with fewer codebooks, which stay; the others learn from what it leaves
+    lloyd=6,            # rounds of k-means
 )->State:               # first codes, codebooks and scales
     "Residual k-means on a subsample, weighted by diag(H)."
     if scheme.kind == 'uniform': return _start_uniform(W, H, scheme)
@@ -220,7 +221,7 @@ def start(
         rest = rest - sum_codewords(earlier.codes, earlier.C).reshape(-1, d)
     gen, missing = generator(seed, 'kmeans'), scheme.n_codebooks - sum(len(b) for b in books)
     pick = _picked((scales > 0).repeat_interleave(J), per_codeword*scheme.n_codewords, gen)
-    C, _ = residual_kmeans(rest[pick], replace(scheme, n_codebooks=missing), h[pick % J], 6, gen)
+    C, _ = residual_kmeans(rest[pick], replace(scheme, n_codebooks=missing), h[pick % J], lloyd, gen)
     for c in C:
         i, _ = kmeans_assign(rest, h.repeat(O, 1), c)
         rest = rest - c[i]; codes.append(i[:, None])
@@ -495,10 +496,10 @@ def _posed(W, H, scheme, damping=.1, D=None):
 # %% ../nbs/03_encoder/10_encode.ipynb #ccdedd75
 PLANES = 2   # rounds that begin with a nearest-plane pass
 
-def _begin(W, H, scheme, seed, codebooks, earlier):
+def _begin(W, H, scheme, seed, codebooks, earlier, lloyd):
     "The first state: from k-means, for codebooks that are given, or where an earlier encoding ended."
     if codebooks is not None: return _start_from(W, H, scheme, codebooks.to(W.device).float())
-    if earlier is None: return start(W, H, scheme, seed)
+    if earlier is None: return start(W, H, scheme, seed, lloyd=lloyd)
     old, fits = earlier.scheme, tuple(earlier.codes.shape[:2]) == (len(W), W.shape[1]//scheme.group_size)
     like = replace(scheme, n_codebooks=old.n_codebooks, codebook_dtype=old.codebook_dtype, share=old.share)
     if old != like or not fits or old.n_codebooks > scheme.n_codebooks:
@@ -509,7 +510,7 @@ def _begin(W, H, scheme, seed, codebooks, earlier):
     codes = earlier.codes.to(W.device, torch.int32, copy=True)
     st = State(W, H, scheme, codes, C.to(W.device).float(), earlier.scales.to(W.device).float())
     if old.n_codebooks == scheme.n_codebooks: return _ready(st, 'given')
-    return start(W, H, scheme, seed, earlier=st)
+    return start(W, H, scheme, seed, earlier=st, lloyd=lloyd)
 
 # %% ../nbs/03_encoder/10_encode.ipynb #828d7ab2
 def _rounds(st, moves, most, tolerance):
@@ -524,11 +525,11 @@ def _storable(st):
     C = st.C.half().float() if st.scheme.codebook_dtype == 'fp16' else st.C.round().clamp(-127, 127)
     return torch.equal(C, st.C) and torch.equal(st.scales, st.scales.half().float())
 
-def _descend(st, beam, sweeps, tolerance, refit):
+def _descend(st, beam, sweeps, tolerance, refit, triangle=None):
     "All rounds up to what is stored; `refit`: the half-step for the codebooks, empty where they are given."
     planes = 0 if st.trace[-1][0] == 'given' else min(PLANES, sweeps)
     if planes:
-        triangle = _triangle(st.H, st.scheme.group_size)
+        triangle = triangle or _triangle(st.H, st.scheme.group_size)
         _rounds(st, [lambda st: nearest_plane(st, triangle, beam), *refit, refit_scales], planes, 0)
         del triangle
     _rounds(st, [lambda st: sweep_codes(st, beam), *refit, refit_scales], sweeps - planes, tolerance)
@@ -551,13 +552,25 @@ def encode_rows(
     codebooks=None,      # [M, K, d] as `share_codebooks` gives; they stay as they are
     tolerance=.01,       # a round that lowers the loss by less than this fraction is the last
     start=None,          # State or AQTensor of the same rows to go on from, perhaps with fewer codebooks
+    triangle=None,       # of `triangle_of`, where several schemes of one group size are tried on one layer
+    lloyd=6,             # rounds of k-means
 )->State:                # with its trace of losses; `st.What` is the decoded weight, as it will be stored
     "Encode a matrix: k-means, nearest planes, rounds of half-steps, rounding, and last sweeps."
-    st = _begin(*_posed(W, H, scheme, damping, D), scheme, seed, codebooks, start)
+    st = _begin(*_posed(W, H, scheme, damping, D), scheme, seed, codebooks, start, lloyd)
     given = replace(st, codes=st.codes.clone(), What=st.What.clone(), G=st.G.clone())
     refit = [] if codebooks is not None else [lambda st: refit_codebooks(st, iters=cg_iters)]
-    st = _descend(st, beam, sweeps, tolerance, refit)
+    st = _descend(st, beam, sweeps, tolerance, refit, triangle)
     return given if start is not None and _storable(given) and given.loss() < st.loss() else st
+
+# %% ../nbs/03_encoder/10_encode.ipynb #10217de2
+def triangle_of(
+    W:Tensor,       # [O, N] weight rows
+    H:Tensor|None,  # [N, N] second moments of the inputs, undamped
+    scheme:Scheme,  # storage scheme
+    damping=.1,     # of the mean diagonal of H
+)->tuple:           # what `encode_rows` takes as `triangle`
+    "The factor of H that nearest planes need: the dearest part of a quick encoding of a wide layer."
+    return _triangle(_posed(W[:1], H, scheme, damping)[1], scheme.group_size)
 
 # %% ../nbs/03_encoder/10_encode.ipynb #41f7d679
 def to_aq(

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from .aq import Scheme, parse_scheme, stored_bytes
 from .calib import execution_order, input_moments, moment_bytes, waves
 from .core import Run, digest, in_order, single_thread, write_atomic
-from .encode import Unstorable, encode_rows, share_codebooks, start
-from .kaq import by_output, layer_kind, packable, weight_shape, weighty
+from .encode import Unstorable, encode_rows, share_codebooks, start, triangle_of
+from .kaq import by_output, layer_kind, natural_group_size, packable, weight_shape, weighty
 from .knapsack import allocate, bits_to_bytes, check_table, price, table_mark
 from .menu import effective_bits, menu, share_sets, shared_menu
 from .probe import Probe, row_gains, split_points
@@ -42,17 +42,27 @@ def _anchors(options, n=3):
     at = np.linspace(low, effective_bits(aq[-1]), n)
     return list(dict.fromkeys([aq[0]] + [min(aq, key=lambda o: abs(effective_bits(o) - v)) for v in at]))
 
-def _decoded(W, H, scheme, seed=0, codebooks=None):
+def _measured(anchors):
+    "Those whose damage is measured: the two in the middle, or all where they are fewer."
+    return anchors if len(anchors) < 4 else anchors[1:3]
+
+# %% ../nbs/05_bits/16_laq.ipynb #d2189aa3
+def _decoded(W, H, scheme, seed=0, codebooks=None, triangle=None):
     "A quick encoding of [O, N] rows: narrow beam, one round. Integers are only rounded."
     H = torch.eye(W.shape[1], device=W.device) if H is None else H
     if scheme.kind == 'uniform': return start(W, H, scheme, seed).What
-    return encode_rows(W, H, scheme, beam=2, sweeps=1, seed=seed, codebooks=codebooks).What[:, :W.shape[1]]
+    quick = dict(beam=2, sweeps=1, seed=seed, codebooks=codebooks, triangle=triangle, lloyd=2)
+    return encode_rows(W, H, scheme, **quick).What[:, :W.shape[1]]
 
 def _errors(W, H, gains, What):
     "H-weighted error, and the same with each row weighted by its gain."
     E = (W - What).float()
     rows = E.pow(2).sum(1) if H is None else ((E @ H)*E).sum(1).clamp(min=0)
     return float(rows.sum()), float((rows*gains.to(rows)).sum())
+
+def _every(O, N, d, groups=16_384):
+    "Take every so many rows of a weight: those that stand for all."
+    return max(1, min(O*N//d//groups, O//16))
 
 # %% ../nbs/05_bits/16_laq.ipynb #e4a80c98
 @dataclass(frozen=True)
@@ -62,42 +72,53 @@ class _Layer:
 
     @property
     def W(self): return by_output(self.module).float().flatten(1)
+    @property
+    def every(self): return _every(*self.W.shape, natural_group_size(weight_shape(self.module)))
 
+    def row_gains(self): # [O]; zeros where the layer does nothing
+        dead = self.gains is None or float(self.gains.max()) < 1e-15
+        return torch.zeros(len(self.W)) if dead else self.gains
+
+# %% ../nbs/05_bits/16_laq.ipynb #dcf58d67
 def _try_options(layer, seed):
-    "Errors of the anchors and of the shared ones, the decoded anchors, the options that are possible, gains."
-    W, H, gains = layer.W, None if layer.H is None else layer.H.to(layer.module.weight.device), layer.gains
-    gains = torch.zeros(len(W)) if gains is None or float(gains.max()) < 1e-15 else gains
+    "Errors of the anchors and of the shared ones on some rows, their decoded rows, and the possible options."
+    some, H = slice(None, None, layer.every), None if layer.H is None else layer.H.to(layer.module.weight.device)
+    W, gains, anchors = layer.W[some], layer.row_gains()[some], _anchors(layer.options)
+    aq = next((s for s in [*anchors, *layer.books] if s.kind == 'aq'), None)
     try:
-        weights = {s: _decoded(W, H, s, seed) for s in _anchors(layer.options)}
+        triangle = None if aq is None else triangle_of(W, H, aq)
+        weights = {s: _decoded(W, H, s, seed, triangle=triangle) for s in anchors}
     except Unstorable:
-        return {}, {}, {}, ['dense'], gains   # a layer that the schemes can't hold stays as it is
+        return {}, {}, {}, ['dense']   # a layer that the schemes can't hold stays as it is
     known, options = {s: _errors(W, H, gains, w) for s, w in weights.items()}, layer.options
-    try: held = {s: _errors(W, H, gains, _decoded(W, H, s, seed, C)) for s, C in layer.books.items()}
+    try: held = {s: _errors(W, H, gains, _decoded(W, H, s, seed, C, triangle)) for s, C in layer.books.items()}
     except Unstorable: held, options = {}, [o for o in options if o == 'dense' or not o.share]
-    return known, held, weights, options, gains
+    return known, held, weights, options
 
 # %% ../nbs/05_bits/16_laq.ipynb #f90c0d76
 def _estimates(layer, seed):
-    "Rows of the table for one layer, and the decoded anchors."
-    known, held, weights, options, gains = _try_options(layer, seed)
-    W, shape = layer.W, weight_shape(layer.module)
+    "Rows of the table for one layer, and the weight under each anchor whose damage is to be measured."
+    known, held, weights, options = _try_options(layer, seed)
+    W, shape, gains, some = layer.W, weight_shape(layer.module), layer.row_gains(), slice(None, None, layer.every)
+    base, part = (_errors(w, layer.H, g, torch.zeros_like(w)) for w, g in ((W, gains), (W[some], gains[some])))
+    base, stands_for = max(part[0], 1e-30), base[1]/part[1] if part[1] > 0 else 1.
     log = lambda v: math.log2(max(v, 1e-30))
     def guess(o, found):
         return (2**_line(effective_bits(o), [effective_bits(s) for s in found],
                          [log(v[i]) for v in found.values()]) for i in (0, 1))
-    base, rows = max(_errors(W, layer.H, gains, torch.zeros_like(W))[0], 1e-30), []
+    rows = []
     for o in options:
         if o == 'dense': h, c = 0., 0.
         elif o in known: h, c = known[o]
-        elif o.kind == 'uniform': h, c = _errors(W, layer.H, gains, _decoded(W, layer.H, o))
+        elif o.kind == 'uniform': h, c = _errors(W[some], layer.H, gains[some], _decoded(W[some], layer.H, o))
         else: h, c = guess(o, held if o.share else known)
         rows.append(dict(layer=layer.name, kind=layer_kind(layer.name), shape='x'.join(map(str, shape)),
                          option=str(o),
                          bytes=stored_bytes(o, shape, dense_bytes=layer.module.weight.element_size()),
                          weights=W.numel(),
-                         h_error=h/base,
-                         cheap=c if c > 1e-20 else 0., measured=math.nan, encoded=o in known))
-    return rows, weights
+                         h_error=h/base, cheap=c*stands_for if c > 1e-20 else 0., measured=math.nan,
+                         encoded=o in known))
+    return rows, (W, some, {s: weights[s] for s in _measured(list(weights))}, stands_for)
 
 # %% ../nbs/05_bits/16_laq.ipynb #ba7bed98
 SHARED_ANCHORS = ((1, 8), (2, 8), (4, 8)) # shared options that are really encoded
@@ -113,11 +134,14 @@ def _set_books(kind, d, names, layers, moments, gains, run):
     return {s: share_codebooks(problems, s, sweeps=1, seed=seed) for s in schemes}
 
 # %% ../nbs/05_bits/16_laq.ipynb #14767e2a
-def _measure(rows, weights, probe, model, steps):
-    "Fill in the measured damage of the encoded options of one layer."
-    for r in rows:
-        if not r['encoded']: continue
-        by_step = probe.by_step({r['layer']: weights[parse_scheme(r['option'])]}, model)
+def _measure(rows, made, probe, model, steps):
+    "Fill in the measured damages of one layer, each from the rows that were encoded."
+    W, some, weights, stands_for = made
+    at = {r['option']: r for r in rows}
+    for option, part in weights.items():
+        w = W.clone()
+        w[some] = part
+        by_step, r = [v*stands_for for v in probe.by_step({rows[0]['layer']: w}, model)], at[str(option)]
         r |= dict(measured=probe.mean(by_step)) | dict(zip(steps, by_step))
 
 def _combine(rows):
@@ -194,7 +218,7 @@ class _Analysis:
         for key, mates in self.sets.items():
             self.menus |= {n: self.menus[n] + shared_menu(*key, self.codebook_dtype) for n in mates}
         self.mark = table_mark(model)
-        self.key = digest(self.mark, calls.mark(), {n: list(map(str, m)) for n, m in self.menus.items()},
+        self.key = digest('laq table 4', self.mark, calls.mark(), {n: list(map(str, m)) for n, m in self.menus.items()},
                           held_out, run.seed)
 
 # %% ../nbs/05_bits/16_laq.ipynb #1012f7bc
@@ -212,7 +236,7 @@ def table(self:_Analysis, cheap, work_dir):
     table = _read_cache(path)
     todo = [n for n in self.order if table.empty or n not in set(table.layer)]
     if not todo: return _ordered(table, self.names)
-    self.probe = Probe(self.model, self.points, every=2)
+    self.probe = Probe(self.model, self.points, every=4)
     self.gains = row_gains(self.probe, self.order, seed=self.run.seed)
     with self.run.bar(total=len(todo), desc='sensitivity') as bar:
         for rows in self.rows(todo, cheap):
@@ -239,7 +263,7 @@ def rows(self:_Analysis, todo, cheap):
                                        (seed, self.codebook_dtype))
         books = {n: found for key, found in zip(mates, list(in_order(learn, list(mates), workers)))
                  for n in mates[key]}
-        for part in (wave[i:i + 8] for i in range(0, len(wave), 8)):
+        for part in (wave[i:i + 2] for i in range(0, len(wave), 2)):         # what a kill can cost
             known = [self.layer(n, moments, books) for n in part]
             made = list(in_order(lambda o: _estimates(o, seed), known, workers))
             if not cheap: self.measure(made, copies)

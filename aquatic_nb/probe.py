@@ -129,7 +129,7 @@ class Probe:
         self.steps = [_time_of([c for c in calls if c.step == s], s) for s in at]
         with torch.no_grad(), single_thread():
             self.truth = self.answers(model)
-            worth = step_weights(model, points)
+            worth = step_weights(model, points, 2)
         self.weights = np.ones(len(at)) if worth is None else np.array([worth[min(s, len(worth) - 1)]
                                                             for s in at])
 

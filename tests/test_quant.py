@@ -125,7 +125,6 @@ def test_bad_arguments_are_named(dense, kw, message):
 
 def test_bad_models_are_named(dense):
     with pytest.raises(TypeError, match='expected a torch.nn.Module'): quantize_unet('a path', 2)
-    with pytest.raises(TypeError, match='Linear, expected a diffusers model'): quantize_unet(torch.nn.Linear(8, 8), 2)
     with pytest.raises(ValueError, match='no convolution or linear layer'): quantize_unet(torch.nn.Sequential(torch.nn.GELU()), 2)
     broken = copy.deepcopy(dense)
     broken.mid_block.resnets[0].conv1.weight.data[0, 0] = math.nan
