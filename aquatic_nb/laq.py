@@ -82,7 +82,8 @@ class _Layer:
 # %% ../nbs/05_bits/16_laq.ipynb #dcf58d67
 def _try_options(layer, seed):
     "Errors of the anchors and of the shared ones on some rows, their decoded rows, and the possible options."
-    some, H = slice(None, None, layer.every), None if layer.H is None else layer.H.to(layer.module.weight.device)
+    some, H = slice(None, None, layer.every), layer.H
+    H = None if H is None else H.to(layer.module.weight.device)
     W, gains, anchors = layer.W[some], layer.row_gains()[some], _anchors(layer.options)
     aq = next((s for s in [*anchors, *layer.books] if s.kind == 'aq'), None)
     try:
@@ -91,7 +92,8 @@ def _try_options(layer, seed):
     except Unstorable:
         return {}, {}, {}, ['dense']   # a layer that the schemes can't hold stays as it is
     known, options = {s: _errors(W, H, gains, w) for s, w in weights.items()}, layer.options
-    try: held = {s: _errors(W, H, gains, _decoded(W, H, s, seed, C, triangle)) for s, C in layer.books.items()}
+    error = lambda s, C: _errors(W, H, gains, _decoded(W, H, s, seed, C, triangle))
+    try: held = {s: error(s, C) for s, C in layer.books.items()}
     except Unstorable: held, options = {}, [o for o in options if o == 'dense' or not o.share]
     return known, held, weights, options
 
@@ -99,8 +101,9 @@ def _try_options(layer, seed):
 def _estimates(layer, seed):
     "Rows of the table for one layer, and the weight under each anchor whose damage is to be measured."
     known, held, weights, options = _try_options(layer, seed)
-    W, shape, gains, some = layer.W, weight_shape(layer.module), layer.row_gains(), slice(None, None, layer.every)
-    base, part = (_errors(w, layer.H, g, torch.zeros_like(w)) for w, g in ((W, gains), (W[some], gains[some])))
+    W, shape, gains = layer.W, weight_shape(layer.module), layer.row_gains()
+    some, size = slice(None, None, layer.every), lambda w, g: _errors(w, layer.H, g, torch.zeros_like(w))
+    base, part = size(W, gains), size(W[some], gains[some])
     base, stands_for = max(part[0], 1e-30), base[1]/part[1] if part[1] > 0 else 1.
     log = lambda v: math.log2(max(v, 1e-30))
     def guess(o, found):
@@ -218,7 +221,8 @@ class _Analysis:
         for key, mates in self.sets.items():
             self.menus |= {n: self.menus[n] + shared_menu(*key, self.codebook_dtype) for n in mates}
         self.mark = table_mark(model)
-        self.key = digest('laq table 4', self.mark, calls.mark(), {n: list(map(str, m)) for n, m in self.menus.items()},
+        self.key = digest('laq table 4', self.mark, calls.mark(),
+                          {n: list(map(str, m)) for n, m in self.menus.items()},
                           held_out, run.seed)
 
 # %% ../nbs/05_bits/16_laq.ipynb #1012f7bc

@@ -45,7 +45,7 @@ _SHARED = ((1, 6), (1, 8), (1, 10), (1, 12), (2, 6), (2, 7), (2, 8), (2, 9), (3,
 
 def share_sets(
     layers:dict,    # name -> convolution or linear layer
-    most=70_000,    # weights of a layer that shares, at most: there codebooks are a quarter of what 2 bits take
+    most=70_000,    # weights of a layer that shares, at most: codebooks are a quarter of its 2 bits there
 )->dict:            # (kind, d) -> names, where there are two or more
     "Layers that may hold one set of codebooks: small ones of one kind and one group size."
     sets = {}
