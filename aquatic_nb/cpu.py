@@ -433,7 +433,7 @@ class _Upto(NamedTuple):
     keep:int    # `cached`, which gives the bits of `decode`: tokens or pixels
 
 _MANY = 1 << 60
-_UPTO = {16: _Upto(8, 8, 1 << 18, 0, 0, 0, 0, 8, _MANY, 0),
+_UPTO = {16: _Upto(64, 256, _MANY, 32, 2, 32, 0, 8, 256, 1024),
          8: _Upto(512, 256, _MANY, 128, 4, 128, 4, 4, 32, 1024),
          4: _Upto(16, 32, _MANY, 32, 2, 32, 2, 4, 16, 1024)}
 

@@ -186,7 +186,7 @@ def test_a_research_unet_goes_all_the_way(tmp_path, laq):
     for own in (ResearchUNet(16, blocks=1).eval(), lambda: ResearchUNet(16, blocks=1).eval()):
         again = load_quantized(own, tmp_path/'m')
         assert torch.equal(again(*args, **kw), got) and packed_layers(again).keys() == packed_layers(net).keys()
-    with pytest.raises(ValueError, match='weights and config belong to different models|expected'): load_quantized(ResearchUNet(16, mult=(1, 1), blocks=1), tmp_path/'m')
+    with pytest.raises(ValueError, match='weights and config belong to different models|expected|codes of'): load_quantized(ResearchUNet(16, mult=(1, 1), blocks=1), tmp_path/'m')
     with pytest.raises(ValueError, match='plain_nets.ResearchUNet.*module_or_function'): load_quantized(tmp_path/'m')
     with pytest.raises(TypeError, match='got NoneType that'): load_quantized(lambda: None, tmp_path/'m')
     dense = dequantize(again)

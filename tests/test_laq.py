@@ -7,7 +7,9 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
+from aquatic_nb import laq
 from aquatic_nb.aq import Scheme, parse_scheme, stored_bytes
+from aquatic_nb.core import generator
 from aquatic_nb.knapsack import _knapsack, allocate, bits_to_bytes, check_table, price
 from aquatic_nb.menu import menu
 
@@ -92,3 +94,20 @@ def test_menu_is_a_front(module):
     assert sizes == sorted(sizes) and 'dense' in options and len(set(map(str, options))) == len(options)
     for o in options:
         assert parse_scheme(str(o)) == o
+
+def test_some_rows_stand_for_all(monkeypatch):
+    "Wide layers are tried on every so many rows; estimates and measured damages are those of all rows, nearly."
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 128, 3, padding=1), torch.nn.SiLU(), torch.nn.Conv2d(128, 384, 3, padding=1)).eval()
+    calls = [dict(input=torch.randn(4, 3, 8, 8, generator=generator(i, 'x'))) for i in range(3)]
+    assert laq._every(384, 128*9, 9) == 3 and laq._every(128, 27, 9) == 1
+    def table(): return laq.sensitivity(net, calls, progress=False, workers=1).set_index(['layer', 'option'])
+    part = table()
+    monkeypatch.setattr(laq, '_every', lambda O, N, d: 1)
+    whole = table()
+    assert list(whole.index) == list(part.index)
+    for column in ('cheap', 'measured', 'h_error'):
+        a, b = whole.loc['2', column], part.loc['2', column]
+        both = (a > 0) & (b > 0)
+        assert both.sum() > 1 and ((a/b)[both] < 1.3).all() and ((b/a)[both] < 1.3).all(), column
+    assert whole.loc['0', 'damage'].equals(part.loc['0', 'damage'])
