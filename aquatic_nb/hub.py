@@ -8,6 +8,8 @@ __all__ = ['AquaticConfig', 'attach', 'dequantize', 'load_quantized', 'save_quan
 # %% ../nbs/08_files/22_hub.ipynb #4fab6a7b
 import aquatic_nb.core # noqa: F401  before diffusers, which wants torchvision's operators
 
+import copy
+
 import json
 
 import math
@@ -560,6 +562,7 @@ def _load_plain(source, folder, **kwargs):
         raise ValueError(f'{path}: the entry "quantization_config" is missing; get the file again')
     if os.environ.get('AQUATIC_VERIFY', '1') != '0': stored.verify(config.to_dict())
     mode = model.training
+    lay_out(copy.deepcopy(model).to('meta'), stored, config)  # refused before the module is changed
     lay_out(model, stored, config)
     _fill(model, stored)
     check_loaded(model, stored.paths[0])

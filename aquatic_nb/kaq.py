@@ -53,7 +53,7 @@ def weighty(
 )->dict:             # name -> layer that is not packed: the packable ones, and those that stay dense
     "The convolutions and linear layers of a model, whose weights are what bits are counted over."
     kinds = (nn.Linear, _ConvNd)
-    return {n: m for n, m in model.named_modules() if isinstance(m, kinds) and not hasattr(m, 'scheme')
+    return {n: m for n, m in model.named_modules() if isinstance(m, kinds) and 'scales' not in m._parameters
             and isinstance(getattr(m, 'weight', None), Tensor)}
 
 # %% ../nbs/01_theory/02_kaq.ipynb #a13046c6
