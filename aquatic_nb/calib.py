@@ -60,7 +60,7 @@ def _auto_conditions(model, n, seed, tokens=8):
     c, gen, cond = model.config, generator(seed, 'auto'), {}
     names, p = inspect.signature(model.forward).parameters, next(model.parameters())
     rand = lambda *shape: torch.randn((n, *shape), generator=gen).to(p.device, p.dtype)
-    width = c.get('cross_attention_dim')
+    width = c.get('caption_channels') or c.get('cross_attention_dim')   # captions may be projected first
     width = max(width) if isinstance(width, (tuple, list)) else width
     if width and 'encoder_hidden_states' in names: cond['encoder_hidden_states'] = rand(tokens, width)
     classes = c.get('num_class_embeds') or c.get('num_embeds_ada_norm')

@@ -634,7 +634,7 @@ def demo(
         raise
 
 # %% ../nbs/12_command/40_cli.ipynb #d0038244
-_QUANTIZE_ROWS = 105_000  # quantizing the shipped model takes about as long as so many rows of its U-Net
+_QUANTIZE_ROWS = 55_000   # quantizing the shipped model takes about as long as so many rows of its U-Net
 _DEMO_STEPS, _DEMO_BATCH = 20, 16
 
 def _row_seconds(unet):

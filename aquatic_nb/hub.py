@@ -198,9 +198,10 @@ def _check_hooks(model):
 
 # %% ../nbs/08_files/22_hub.ipynb #cf8f83b7
 def check_savable(
-    model, # a diffusers model, dense or packed
+    model, # a diffusers model, dense or packed; a plain module promises nothing here
 )->None:
     "ValueError where `from_pretrained` could not open what `save_pretrained` would write; says what helps."
+    if not hasattr(model, 'save_config'): return
     _check_hooks(model)
     for n, m in model.named_modules() if not packed_layers(model) else ():
         why = why_not_replaced(m) if type(m) in PACKED else None

@@ -67,11 +67,10 @@ def weight_shape(
     return (module.out_channels, shape[0]//module.groups, *shape[2:])
 
 def by_output(
-    module:nn.Module,     # a convolution or linear layer
-    weight:Tensor|None=None, # in the layer's own layout; None: its weight
-)->Tensor:                # of `weight_shape`
-    "A weight with its outputs first, as rows are counted here."
-    w = module.weight.detach() if weight is None else weight
+    module:nn.Module, # a convolution or linear layer
+)->Tensor:            # of `weight_shape`, without gradient
+    "A layer's weight with its outputs first, as rows are counted here."
+    w = module.weight.detach()
     if not isinstance(module, _ConvTransposeNd): return w
     return w.unflatten(0, (module.groups, -1)).transpose(1, 2).flatten(0, 1)
 

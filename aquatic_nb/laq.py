@@ -200,7 +200,8 @@ def with_dense(
     model:nn.Module,    # the model
 )->pd.DataFrame:        # with one more row for each convolution or linear layer that can't
     "What stays dense belongs to the budget, too: its only option, without damage."
-    rest = {n: m for n, m in weighty(model).items() if n not in packable(model)}
+    own = packable(model)
+    rest = {n: m for n, m in weighty(model).items() if n not in own}
     rows = [dict(layer=n, kind=layer_kind(n), shape='x'.join(map(str, weight_shape(m))), option='dense',
                  bytes=m.weight.nbytes, weights=m.weight.numel(), h_error=0., cheap=0., measured=math.nan,
                  encoded=False, damage=0., model=table.model.iloc[0]) for n, m in rest.items()]

@@ -107,13 +107,12 @@ def _why_unstorable(weight):
     return 'its row scales lie outside the range of fp16'
 
 def choose_uniform(
-    model:nn.Module,       # the dense model
+    w:Weights,             # of the dense model
     bits:float,            # average stored bits asked for
     fixed:dict=None,       # name -> Scheme or 'dense', set by hand
     codebook_dtype='int8', # 'int8' or 'fp16'
 )->dict:                   # name -> Scheme or 'dense', for every convolution and linear layer
-    "`uniform_plan` of a model."
-    w = weights_of(model)
+    "`uniform_plan` of a model's weights."
     fixed = {**(fixed or {}), **dict.fromkeys(w.stay, 'dense')}
     return uniform_plan(w.shapes, bits, fixed, codebook_dtype, w.sizes)
 
@@ -316,7 +315,7 @@ def pack_uniform(
     layers = packable(model)
     if not layers: raise ValueError(f'{type(model).__name__} has no convolution or linear layer that could '
                                     'be quantized')
-    return pack(model, encode_model(model, choose_uniform(model, bits), run=run))
+    return pack(model, encode_model(model, choose_uniform(weights_of(model), bits), run=run))
 
 # %% ../nbs/06_packing/17_pack.ipynb #7c1de021
 CHECK = []    # functions of a dense model, called before all work; they raise where it could not be saved

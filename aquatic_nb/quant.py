@@ -65,7 +65,7 @@ def plan(
     if not weights.free: raise ValueError(f'{type(model).__name__} has {_NOTHING}')
     fixed = match_layers(overrides, weights.free)
     # refuses what cannot be, in both cases
-    schemes = choose_uniform(model, check_bits(bits), fixed, codebook_dtype)
+    schemes = choose_uniform(weights, check_bits(bits), fixed, codebook_dtype)
     rows = []
     for n, m in model.named_modules():
         w, shape = getattr(m, 'weight', None), weights.shapes.get(n)
@@ -166,8 +166,7 @@ def quantize(
     s = _Settings(bits, bool(laq), beam, sweeps, n_calibration or (64 if size <= _LARGE else 16),
                   guidance_scale, bool(sequential), codebook_dtype, act_bits, tune, seed, memory)
     _check_arguments(s, calibration)
-    own = hasattr(model, 'save_config')             # a plain module: saved with `hub.save_quantized`
-    for check in CHECK if own else (): check(model)
+    for check in CHECK: check(model)
     fixed = match_layers(overrides, {n: weight_shape(m) for n, m in layers.items()})
     stay = weights_of(model).stay
     left = [n for n in stay if n in layers and fixed.get(n) != 'dense']
@@ -225,7 +224,7 @@ def stages(self:_Job):
     inner = [n for n in packed_layers(model) if n not in ('conv_in', 'conv_out')]
     if s.act_bits is not None: attach_act(model, s.act_bits, few, layers=inner, seed=s.seed)
     if dense is not None: self.tune(dense, calls)
-    for finish in FINISH if hasattr(model, 'save_config') else (): finish(model, s.bits)
+    for finish in FINISH: finish(model, s.bits)
 
 # %% ../nbs/09_door/23_quant.ipynb #14bebd5c
 @patch
@@ -242,7 +241,7 @@ def choose(self:_Job, calls):
     "(name -> scheme, name -> what a layer's relative error is worth), by LAQ or the uniform plan."
     s, run = self.settings, self.shared_run
     if not s.laq or calls is None:
-        return choose_uniform(self.model, s.bits, self.fixed, s.codebook_dtype), None
+        return choose_uniform(weights_of(self.model), s.bits, self.fixed, s.codebook_dtype), None
     folder = None if self.work.path is None else self.work.path/'laq'
     table = sensitivity(self.model, thinned(calls, _PER_STEP, whole=True), codebook_dtype=s.codebook_dtype,
                         work_dir=folder,
