@@ -15,7 +15,8 @@ from aquatic_nb.core import generator
 from aquatic_nb.kaq import packable
 from aquatic_nb.layers import packed_layers
 from aquatic_nb.quant import quantize, quant_report
-from aquatic_nb.walk import as_calls, merge, record_inputs
+from aquatic_nb.probe import thinned
+from aquatic_nb.walk import Recording, as_calls, merge, record_inputs
 from packed_models import fill, plain
 
 QUICK = dict(laq=False, beam=1, sweeps=1, progress=False)
@@ -76,6 +77,12 @@ def test_every_form_is_kept_cut_and_joined(given):
         for joined, spans in merge(found, 5):
             assert sum(b - a for a, b in spans) == joined.samples
         torch.testing.assert_close(torch.cat([NET(**j) for j, _ in merge(found, 5)]), torch.cat(want))
+    recorded = record_inputs(NET, lambda: direct(given))
+    assert len(recorded) == len(given)
+    for c, y in zip(recorded, want): torch.testing.assert_close(c.out, y)
+    few = thinned(Recording(found), 2)
+    with torch.no_grad():
+        for c in few: assert 1 <= c.samples <= 2 and len(NET(**c)) == c.samples
     assert set(execution_order(NET, found[0])) == set(packable(NET))
     moments = input_moments(NET, found, ['proj'], workers=1)['proj']
     rows = torch.cat([c['sample'].flatten(2).transpose(1, 2).reshape(-1, 4) if c['sample'].dim() > 3 else c['sample'].reshape(-1, 4) for c in found])
