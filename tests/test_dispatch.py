@@ -389,6 +389,7 @@ def test_a_weight_laid_out_for_one_width_is_laid_out_anew_for_another():
 # ---------------------------------------------------------------- what is told
 
 def test_report_is_plain_and_names_the_width(monkeypatch):
+    monkeypatch.delenv('AQUATIC_SIMD', raising=False)         # the tests may run with a width forced
     report = cpu.cpu_report()
     assert json.loads(json.dumps(report)) == report
     assert report['width'] == next(iter(widths())) and 'widest' in report['why']

@@ -117,7 +117,7 @@ def batch_of(
     return torch.randperm(n, generator=generator(seed, 'epoch', epoch))[i*size:(i + 1)*size]
 
 # %% ../../nbs/02_models/08_train.ipynb #f4637e7a
-class _Averaged(nn.Module):
+class Averaged(nn.Module):
     "A module that follows another one's tensors."
     def __init__(self, module, decay=0., warmup=1):
         super().__init__()
@@ -147,7 +147,7 @@ def seeded(
     "Build a module with repeatable weights, and leave the global generator as it was."
     with _drawing(torch.Generator().manual_seed(seed)): return make()
 
-def _autocast(device):
+def autocast(device):
     "Arithmetic in bfloat16 where the machine has it, else in float32."
     device = torch.device(device)
     return torch.autocast(device.type, torch.bfloat16, enabled=native_bfloat16(device))
@@ -204,7 +204,7 @@ def reconstruction_psnr(
         total += ((reconstruct(vae, x)[0].clamp(-1, 1) - x)/2).square().sum().item()
     return -10*math.log10(total/images.numel())
 
-def _descend(loss, optimizer, lr, clip=math.inf):
+def descend(loss, optimizer, lr, clip=math.inf):
     "One step of the optimizer; returns the loss."
     for group in optimizer.param_groups: group['lr'] = lr
     optimizer.zero_grad()
@@ -219,6 +219,7 @@ def train_autoencoder(
     images:Tensor, # [N,1,32,32] uint8, training pictures
     held_out:Tensor, # [n,1,32,32] uint8, pictures for the log's PSNR
     kind:str='kl', # 'kl' or 'vq'
+    make=None, # make() builds it; None: `make_autoencoder(kind)`
     steps:int=2300, # training steps
     batch:int=64, # pictures a step
     lr:float=2e-3, # peak learning rate
@@ -228,13 +229,13 @@ def train_autoencoder(
     **loop, # `every`, `save_every` of `train_loop`
 ) -> tuple[nn.Module, list]: # the first stage in eval mode, and the log
     "Train the first stage, in bfloat16 where that is native, with float32 weights."
-    vae = seeded(lambda: make_autoencoder(kind), seed).to(device)
+    vae = seeded(make or (lambda: make_autoencoder(kind)), seed).to(device)
     opt = torch.optim.AdamW(vae.parameters(), lr, betas=(.9, .99), weight_decay=1e-4)
     def step(s):
         x = to_float(images[batch_of(s, len(images), batch, seed)]).to(device)
-        with _autocast(x.device):
+        with autocast(x.device):
             r, reg = reconstruct(vae.train(), x, generator(seed, 'noise', s))
-        return _descend(F.l1_loss(r, x) + .5*edge_loss(r, x) + reg, opt, lr*cosine(s, steps, 100), 1.)
+        return descend(F.l1_loss(r, x) + .5*edge_loss(r, x) + reg, opt, lr*cosine(s, steps, 100), 1.)
     scores = lambda: dict(psnr=reconstruction_psnr(vae.eval(), held_out))
     log = train_loop(step, steps, dict(model=vae, opt=opt), path, scores, desc=f'{kind} first stage', **loop)
     return vae.eval(), log
@@ -253,13 +254,13 @@ def used_codewords(
 
 # %% ../../nbs/02_models/08_train.ipynb #7ab970bd
 def augment(
-    x:Tensor, # [B,1,32,32] in [-1,1], background -1
+    x:Tensor, # [B,C,S,S] in [-1,1]; what is cut out becomes -1
     generator:torch.Generator, # source of the choices, one for the whole batch
 ) -> Tensor: # the same shape
     "Maybe flip, shift by up to two pixels, cut out a square of up to 8x8."
     if torch.rand((), generator=generator) < .5: x = x.flip(-1)
     x = x.roll(torch.randint(-2, 3, (2,), generator=generator).tolist(), (2, 3)).clone()
-    row, col = torch.randint(0, 32, (2,), generator=generator).tolist()
+    row, col = torch.randint(0, x.shape[-1], (2,), generator=generator).tolist()
     x[:, :, max(0, row - 4):row + 4, max(0, col - 4):col + 4] = -1
     return x
 
@@ -279,7 +280,7 @@ def accuracy(
 def _noisy_logits(model, x, stream):
     "Logits as in training: in its arithmetic, dropout drawn from the stream."
     dropout = torch.Generator().manual_seed(torch.randint(2**31, (), generator=stream).item())
-    with _drawing(dropout), _autocast(x.device): return model(x).float()
+    with _drawing(dropout), autocast(x.device): return model(x).float()
 
 # %% ../../nbs/02_models/08_train.ipynb #cf07738a
 def train_classifier(
@@ -289,19 +290,20 @@ def train_classifier(
     epochs:int=14, # passes over the pictures
     batch:int=128, # pictures a step
     lr:float=4e-3, # peak learning rate
+    make=MiniClassifier, # make() builds the classifier
     path=None, # checkpoint file
     seed:int=0, # of weights, order, augmentation and dropout
     device='cpu', # where to train
 ) -> tuple[MiniClassifier, list]: # the averaged classifier in eval mode, and the log
     "Train the classifier; one log entry and one checkpoint an epoch."
-    model, per_epoch = seeded(MiniClassifier, seed).to(device), len(images)//batch
-    kept, steps = _Averaged(model, .995, 10), epochs*per_epoch
+    model, per_epoch = seeded(make, seed).to(device), len(images)//batch
+    kept, steps = Averaged(model, .995, 10), epochs*per_epoch
     opt = torch.optim.AdamW(model.parameters(), lr, weight_decay=5e-2)
     def step(s):
         i, stream = batch_of(s, len(images), batch, seed), generator(seed, 'augment', s)
         logits = _noisy_logits(model, augment(to_float(images[i]), stream).to(device), stream)
         loss = F.cross_entropy(logits, labels[i].to(device), label_smoothing=.05)
-        loss = _descend(loss, opt, lr*cosine(s, steps, 300))
+        loss = descend(loss, opt, lr*cosine(s, steps, 300))
         kept.update(s)
         return loss
     scores = lambda: dict(accuracy=accuracy(kept.module.eval(), *held_out))
@@ -353,7 +355,7 @@ def diffusion_loss(
     y = torch.where(torch.rand(batch, generator=generator) < drop, null, table['labels'][i]).to(device)
     snr = (scheduler.alphas_cumprod/(1 - scheduler.alphas_cumprod))[t].to(device)
     x, noise, t = scheduler.add_noise(z, noise, t).to(device), noise.to(device), t.to(device)
-    with _autocast(device): guess = nets['unet'](x, t, nets['embedding'](y)).sample
+    with autocast(device): guess = nets['unet'](x, t, nets['embedding'](y)).sample
     return ((guess.float() - noise).square().mean((1, 2, 3))*(snr.clamp(max=5)/snr)).mean()
 
 # %% ../../nbs/02_models/08_train.ipynb #576e50aa
@@ -370,11 +372,11 @@ def train_unet(
     "Train U-Net and class embedding."
     nets, scheduler = seeded(make_unet, seed).to(device), ldm_scheduler()
     nn.init.normal_(nets['embedding'].embedding.weight, generator=generator(seed, 'embedding'))
-    kept = _Averaged(nets, .9995, 20)
+    kept = Averaged(nets, .9995, 20)
     opt = torch.optim.AdamW(nets.parameters(), lr, betas=(.9, .99), weight_decay=1e-2)
     def step(s):
         loss = diffusion_loss(nets, table, scheduler, torch.Generator().manual_seed(seed*10**6 + s), batch)
-        loss = _descend(loss, opt, lr*cosine(s, steps, 200), 1.)
+        loss = descend(loss, opt, lr*cosine(s, steps, 200), 1.)
         kept.update(s)
         return loss
     log = train_loop(step, steps, dict(nets=nets, average=kept, opt=opt), path, desc='U-Net', **loop)
@@ -387,7 +389,7 @@ def mini_pipeline(
     runs, # folder with ae_kl.pt, latents.pt and unet.pt
 ) -> ClassConditionalLDMPipeline: # float32
     "The trained parts, joined."
-    vae, kept, table = make_autoencoder('kl'), _Averaged(make_unet()), _read(runs, 'latents.pt')
+    vae, kept, table = make_autoencoder('kl'), Averaged(make_unet()), _read(runs, 'latents.pt')
     vae.load_state_dict(_read(runs, 'ae_kl.pt')['model'])
     kept.load_state_dict(_read(runs, 'unet.pt')['average'])
     stats = {k: [round(v, 6) for v in table[k].tolist()] for k in ('latents_mean', 'latents_std')}
@@ -405,7 +407,7 @@ def export_mini(
     labels:Tensor, # [N] int64
 ) -> Path: # dst
     "Write the shipped model: pipeline and classifier in half precision, and the test pictures."
-    dst, pipe, kept = Path(dst), mini_pipeline(runs), _Averaged(MiniClassifier())
+    dst, pipe, kept = Path(dst), mini_pipeline(runs), Averaged(MiniClassifier())
     for part in (pipe.unet, pipe.vae, pipe.class_embedding): part.half()
     pipe.save_pretrained(dst)
     kept.load_state_dict(_read(runs, 'clf.pt')['average'])
