@@ -12,10 +12,12 @@ import math
 import shutil
 import sys
 import threading
+import textwrap
 import time
 import traceback
 import warnings
 from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
 from functools import wraps
 from importlib import metadata
 from pathlib import Path
@@ -194,7 +196,7 @@ def _check_request(source, s, memory, calibration):
 
 # %% ../nbs/12_command/41_cli.ipynb #ef458d1a
 _ToQuantize = _argument(str, 'A diffusers model folder, a pipeline folder, a .safetensors file of Stable '
-                             'Diffusion (see --config), or the name of a shipped model (mini-ldm).')
+                             'Diffusion (see --config), or a shipped model (mini-ldm, mini-sd).')
 _Result = _argument(Optional[Path], 'Where the result goes: a folder of the same kind as SRC.')
 _Bits = _option(float, 'Average stored bits a weight, everything counted, 0.25 to 16.')
 _ActBits = _option(Optional[int], 'Bits of activations: 8, 6 or 4; left alone where not given.')
@@ -306,6 +308,12 @@ def _draw(pipe, n, batch=64, desc='sampling', **settings):
     images = samples.sample_images(pipe, n, batch=batch, progress=True, desc=desc, **settings)
     return images, samples.labels_of(pipe, n, settings.get('classes'))
 
+def _usual_prompts(settings, n, *names):
+    "Settings with prompts that mini-sd understands, where it is named and none are given."
+    if 'mini-sd' not in names or settings['prompt']: return settings, []
+    texts, which = aquatic_nb.zoo.emoji_prompts(n)
+    return dict(settings, prompt=texts), which.tolist()
+
 def _numbers(text): # '0,3,5' -> [0, 3, 5]
     try: return [int(o) for o in text.split(',')] if text else None
     except ValueError:
@@ -323,7 +331,7 @@ def _save_images(images, labels, folder):
     return names
 
 # %% ../nbs/12_command/41_cli.ipynb #38b15425
-_ToSample = _argument(str, 'A pipeline folder, packed or not, or mini-ldm.')
+_ToSample = _argument(str, 'A pipeline folder, packed or not; mini-ldm or mini-sd.')
 _Images = _option(Path, 'Folder for the PNG files.')
 _Many = _option(int, 'How many images.', min=1)
 
@@ -350,6 +358,7 @@ def sample(
         raise FileExistsError(f'{str(out)!r} exists and is not empty; give another folder, or --force')
     start = time.perf_counter()
     settings = dict(seed=seed, steps=steps, guidance_scale=guidance, classes=_numbers(classes), prompt=prompt)
+    settings, _ = _usual_prompts(settings, n, src)
     images, labels = _draw(load_pipeline(source), n, **settings)
     names = _save_images(images, labels, out)
     result = dict(folder=str(out), images=names, labels=labels, seconds=round(time.perf_counter() - start, 2))
@@ -357,8 +366,13 @@ def sample(
 
 # %% ../nbs/12_command/41_cli.ipynb #99eaaf28
 def _judge(images, labels, reference=None):
-    "Accuracy of images where the shipped classifier knows the classes, and PSNR against other images."
+    "Accuracy of images where a shipped judge knows what was asked for, and PSNR against other images."
     compare, result = aquatic_nb.samples.compare, dict(n=len(images))
+    if tuple(images.shape[1:]) == (3, 64, 64) and labels:
+        for key, x in (('', images), ('_reference', reference)):
+            if x is None: continue
+            found = aquatic_nb.zoo.emoji_scores(x, torch.tensor(labels))
+            result |= {k + key: v for k, v in found.items()}
     if tuple(images.shape[1:]) == (1, 32, 32) and labels and max(labels) < 10:
         classifier = aquatic_nb.zoo.load_mini_classifier()
         for key, x in (('accuracy', images), ('accuracy_reference', reference)):
@@ -367,7 +381,8 @@ def _judge(images, labels, reference=None):
     return {k: round(v, 4) for k, v in result.items()}
 
 # %% ../nbs/12_command/41_cli.ipynb #f274e3fc
-_ToJudge = _argument(str, 'A pipeline folder, packed or not; mini-ldm; or ldm4, the published benchmark.')
+_ToJudge = _argument(str, 'A pipeline folder, packed or not; mini-ldm or mini-sd; or ldm4, the published '
+                     'benchmark.')
 _Against = _option(Optional[str], 'Another pipeline: PSNR at equal seeds is measured against its images.')
 _ManyJudged = _option(Optional[int], 'How many images: 300, for ldm4 50,000.', '--n', '--samples', min=1)
 _Scale = _option(Optional[float], f'Guidance scale; where not given {SAMPLING_GUIDANCE:g}, for ldm4 that of '
@@ -431,10 +446,11 @@ def _evaluate_pipelines(src, against, variant, n, settings):
     sources = [find_source(src, variant=variant), *([] if against is None else [find_source(against)])]
     blind = ValueError('for this model there is nothing to measure without a reference; give --against, '
                        'e.g. the dense pipeline')
-    known = sources[0].part is None or _takes(sources[0], 'class_labels') # a model is refused below
+    settings, asked = _usual_prompts(settings, n, src, against)
+    known = asked or sources[0].part is None or _takes(sources[0], 'class_labels') # a model is refused below
     if against is None and not known: raise blind # before any image is drawn
     found = [_draw(load_pipeline(s), n, desc=s.path.name, **settings) for s in sources]
-    result = _judge(*found[0], *[images for images, _ in found[1:]])
+    result = _judge(found[0][0], asked or found[0][1], *[images for images, _ in found[1:]])
     if len(result) > 1: return result
     raise blind
 
@@ -461,7 +477,8 @@ def _evaluate_benchmark(ckpt, out, protocol, model, judges, as_json):
     _give(result, as_json, '\n'.join([table.to_string(), *(f'not computed: {o}' for o in why)]))
 
 # %% ../nbs/12_command/41_cli.ipynb #31f07a51
-_ToLookInto = _argument(Optional[str], 'A model or pipeline folder, or mini-ldm; nothing: this machine.')
+_ToLookInto = _argument(Optional[str], 'A model or pipeline folder, mini-ldm or mini-sd; nothing: this '
+                        'machine.')
 _Layers = _option(bool, 'Every layer, not only the totals.', '--layers')
 
 @app.command()
@@ -608,6 +625,8 @@ def version(
 _DemoFolder = _option(Path, 'Folder for the result.')
 _DemoImages = _option(Optional[int], 'Images to measure with; 200, or 2000 with --full.', min=10)
 _Full = _option(bool, 'More images, and 15 minutes of tuning instead of 2.', '--full')
+_Which = _option(str, 'The shipped model to show: mini-ldm (grey, ten classes) or mini-sd (colour, prompts).',
+                 '--model')
 
 # %% ../nbs/12_command/41_cli.ipynb #f0687d83
 @app.command()
@@ -616,6 +635,7 @@ def demo(
     out:_DemoFolder=Path('demo'), # folder for the result
     bits:_Bits=2.,          # stored bits a weight
     act_bits:_ActBits=None, # bits of activations
+    model:_Which='mini-ldm', # shipped model
     n:_DemoImages=None,     # images to measure with
     full:_Full=False,       # take more time
     seed:_Seed=0,           # of everything random
@@ -623,25 +643,51 @@ def demo(
     as_json:_Json=False,    # result as JSON
     debug:_Debug=False,     # show where an error comes from
 ):
-    "Quantize the shipped model and compare: pictures and a report, in a few minutes on two cores."
+    "Quantize a shipped model and compare: pictures and a report, in a few minutes on two cores."
     if out.exists() and any(o.name != 'work' for o in out.iterdir()) and not force:
         raise FileExistsError(f'{str(out)!r} exists and is not empty; give another folder, or --force')
+    if model not in _SHOWN: raise ValueError(f'--model {model!r}: expected {" or ".join(_SHOWN)}')
     settings = dict(bits=bits, act_bits=act_bits, seed=seed, tune=15. if full else 2.)
     aquatic_nb.quant.check_bits(bits)
-    try: _give(_run_demo(out, settings, n or (2000 if full else 200)), as_json)
+    try: _give(_run_demo(out, _SHOWN[model], settings, n or (2000 if full else 200)), as_json)
     except KeyboardInterrupt:
         _say(f'\nfinished layers are kept in {out/"work"}: run the same command again to go on')
         raise
 
 # %% ../nbs/12_command/41_cli.ipynb #d0038244
-_QUANTIZE_ROWS = 55_000   # quantizing the shipped model takes about as long as so many rows of its U-Net
 _DEMO_STEPS, _DEMO_BATCH = 20, 16
 
-def _row_seconds(unet):
+@dataclass(frozen=True)
+class _Shown:
+    "A shipped model as the demo shows it."
+    name:str          # its asset folder
+    guidance:float    # of calibration, tuning and samples; None: the defaults
+    quantize_rows:int # quantizing takes about as long as so many rows of its U-Net
+
+    def load(self): return getattr(aquatic_nb.zoo, f'load_{self.name}')()
+
+    def asked(self, pipe, n):
+        "Settings of n samples, what each should be (for the judge), and its name."
+        if self.guidance is None:
+            labels = aquatic_nb.samples.labels_of(pipe, n)
+            return {}, labels, [aquatic_nb.zoo.MINI_CLASSES[i] for i in labels]
+        texts, which = aquatic_nb.zoo.emoji_prompts(n)
+        return dict(prompt=texts, guidance_scale=self.guidance), which.tolist(), texts
+
+    def prompts(self):
+        "What the model is calibrated and tuned on: others than those that are shown."
+        if self.guidance is None: return {}
+        return dict(calibration_prompts=aquatic_nb.zoo.emoji_prompts(267, seed=1)[0])
+
+_SHOWN = {'mini-ldm': _Shown('mini_ldm', None, 55_000), 'mini-sd': _Shown('mini_sd', 4., 55_000)}
+
+# %% ../nbs/12_command/41_cli.ipynb #6f2c359f
+def _row_seconds(pipe):
     "Seconds that one row of the U-Net takes in a batch, the best of about a second."
-    c, times = unet.config, []
+    unet, times = pipe.unet, []
+    c, tokens = unet.config, getattr(getattr(pipe, 'tokenizer', None), 'model_max_length', 1)
     x = torch.zeros(_DEMO_BATCH, c.in_channels, c.sample_size, c.sample_size)
-    cond = torch.zeros(_DEMO_BATCH, 1, c.cross_attention_dim)
+    cond = torch.zeros(_DEMO_BATCH, tokens, c.cross_attention_dim)
     with torch.no_grad():
         while len(times) < 3 or sum(times) < 1:
             start = time.perf_counter()
@@ -649,50 +695,56 @@ def _row_seconds(unet):
             times.append(time.perf_counter() - start)
     return min(times)/_DEMO_BATCH
 
-def _demo_minutes(unet, n, tune):
+def _demo_minutes(pipe, n, tune, quantize_rows):
     "About how long the demo takes here."
-    rows = 2*n*_DEMO_STEPS*2 + _QUANTIZE_ROWS   # two sets of images, each row with its condition and without
-    return rows*_row_seconds(unet)/60 + tune
+    rows = 2*n*_DEMO_STEPS*2 + quantize_rows    # two sets of images, each row with its condition and without
+    return rows*_row_seconds(pipe)/60 + tune
 
 # %% ../nbs/12_command/41_cli.ipynb #efcb82e8
-def _run_demo(out, settings, n):
+def _run_demo(out, shown, settings, n):
     "The work of `aquatic demo`: every number of the report."
-    hub, quant, zoo, seed = aquatic_nb.hub, aquatic_nb.quant, aquatic_nb.zoo, settings['seed']
-    pipe = zoo.load_mini_ldm()
-    minutes = _demo_minutes(pipe.unet, n, settings['tune'])
+    hub, quant, pipe = aquatic_nb.hub, aquatic_nb.quant, shown.load()
+    minutes = _demo_minutes(pipe, n, settings['tune'], shown.quantize_rows)
     ram = sum(p.nbytes for p in pipe.unet.parameters())
-    _say(_announcement(settings, n, minutes))
-    def draw(pipe, desc): return _draw(pipe, n, _DEMO_BATCH, desc, seed=seed, steps=_DEMO_STEPS)
+    _say(_announcement(shown, settings, n, minutes))
+    how, labels, names = shown.asked(pipe, n)
+    how |= dict(seed=settings['seed'], steps=_DEMO_STEPS)
+    def draw(pipe, desc): return _draw(pipe, n, _DEMO_BATCH, desc, **how)[0]
     with _stages('demo', 5) as (stage, seconds):
-        images, labels = stage('sample full precision', lambda: draw(pipe, 'full precision'))
-        options = dict(settings, calibration=pipe, work_dir=out/'work')
-        stage('quantize', lambda: quant.quantize(pipe.unet, **options))
+        images = stage('sample full precision', lambda: draw(pipe, 'full precision'))
+        options = dict(settings, calibration=pipe, work_dir=out/'work', guidance_scale=shown.guidance)
+        stage('quantize', lambda: quant.quantize(pipe.unet, **options, **shown.prompts()))
         stage('save', lambda: hub.save_quantized(pipe, out/'model', force=True))
         packed = stage('load packed', lambda: load_pipeline(Source(out/'model', 'unet')))
-        small, _ = stage('sample quantized', lambda: draw(packed, 'quantized'))
+        small = stage('sample quantized', lambda: draw(packed, 'quantized'))
     shutil.rmtree(out/'work', ignore_errors=True)
     found = dict(_judge(small, labels, images), seconds=seconds, estimated_minutes=round(minutes, 1),
-                 file_bytes=_file_bytes(out/'model'/'unet'),
-                 file_bytes_original=_file_bytes(zoo.mini_path('unet')),
-                 ram_bytes=sum(p.nbytes for p in packed.unet.parameters()), ram_bytes_original=ram,
-                 kept_bytes=aquatic_nb.cpu.weight_cache(packed.unet)['used'],
-                 machine=machine(), settings=settings)
-    picture = lambda path: _side_by_side(images, small, labels, path)
+                 **_sizes(out, shown, packed, ram), machine=machine(), model=shown.name, settings=settings)
+    show = _by_class if shown.guidance is None else _in_pairs
+    picture = lambda path: show(images, small, names, path)
     return _write_demo(out, found, quant.quant_report(pipe.unet), picture)
 
 # %% ../nbs/12_command/41_cli.ipynb #7c508d0e
-def _announcement(settings, n, minutes):
+def _sizes(out, shown, packed, ram):
+    "Bytes of files and of memory, before and after."
+    return dict(file_bytes=_file_bytes(out/'model'/'unet'),
+                file_bytes_original=_file_bytes(aquatic_nb.zoo.mini_path('unet', model=shown.name)),
+                ram_bytes=sum(p.nbytes for p in packed.unet.parameters()), ram_bytes_original=ram,
+                kept_bytes=aquatic_nb.cpu.weight_cache(packed.unet)['used'])
+
+def _announcement(shown, settings, n, minutes):
     "What the demo will do, and about how long that takes here."
-    return (f'demo: {n} images of the shipped model at full precision; its U-Net quantized to '
+    return (f'demo: {n} images of the shipped model {shown.name} at full precision; its U-Net quantized to '
             f'{settings["bits"]:g} bits a weight, tuned for {settings["tune"]:g} minutes, saved and loaded; '
             f'{n} images again. About {max(1, round(minutes))} minutes here ({machine()})')
 
+# %% ../nbs/12_command/41_cli.ipynb #7fdb1fa9
 def _write_demo(out, found, table, picture):
     "Pictures, table and report of the demo; the numbers under the names that `--json` keeps."
     packed, bits = int((table.scheme != 'dense').sum()), table.attrs
+    found = {k.replace('_reference', '_full_precision'): v for k, v in found.items()}
     result = dict(bits_quantized=round(bits['bits'], 3), bits_all=round(bits['bits_all'], 3),
-                  packed_layers=packed, dense_layers=len(table) - packed, images=found.pop('n'),
-                  accuracy_full_precision=found.pop('accuracy_reference'), **found)
+                  packed_layers=packed, dense_layers=len(table) - packed, images=found.pop('n'), **found)
     write_atomic(out/'side_by_side.png', picture)
     table.to_csv(out/'report.csv', index=False)
     write_atomic(out/'report.md', _report_text(result).encode())
@@ -700,25 +752,54 @@ def _write_demo(out, found, table, picture):
     return {k: str(out/v) for k, v in paths.items()} | result
 
 # %% ../nbs/12_command/41_cli.ipynb #0e5024d9
-def _side_by_side(before, after, labels, path, columns=8):
+def _by_class(before, after, names, path, columns=8):
     "Rows of classes, full precision above quantized, with labels, as a PNG."
     import matplotlib.pyplot as plt
-    classes, names = sorted(set(labels)), aquatic_nb.zoo.MINI_CLASSES
+    classes = list(dict.fromkeys(names))
     size = columns*.8 + 1.6, len(classes)*1.7
     fig, axes = plt.subplots(2*len(classes), columns, figsize=size, squeeze=False)
     for r, c in enumerate(classes):
-        own = [i for i, l in enumerate(labels) if l == c][:columns]
+        own = [i for i, l in enumerate(names) if l == c][:columns]
         for k, (x, what) in enumerate(((before, 'full precision'), (after, 'quantized'))):
             row = axes[2*r + k]
             for ax in row: ax.set_axis_off()
             for ax, i in zip(row, own): ax.imshow(x[i].permute(1, 2, 0), cmap='gray', vmin=0, vmax=1)
-            title = f'{names[c]}\n{what}' if k == 0 else what
+            title = f'{c}\n{what}' if k == 0 else what
             row[0].text(-.15, .5, title, transform=row[0].transAxes, ha='right', va='center', fontsize=11)
     fig.subplots_adjust(left=.2, right=.99, top=.99, bottom=.01, wspace=.03, hspace=.06)
     fig.savefig(path, format='png', dpi=90)
     plt.close(fig)
 
+# %% ../nbs/12_command/41_cli.ipynb #1d387356
+def _in_pairs(before, after, texts, path, columns=8, most=32):
+    "Pairs, full precision above quantized, each with its prompt, as a PNG."
+    import matplotlib.pyplot as plt
+    n = min(most, len(texts))
+    columns = min(columns, n)
+    rows = -(-n//columns)
+    size = dict(figsize=(columns*1.25, rows*3.1), gridspec_kw=dict(height_ratios=[1, 1.45]*rows))
+    fig, axes = plt.subplots(2*rows, columns, squeeze=False, **size)
+    for ax in axes.flat: ax.set_axis_off()
+    for i in range(n):
+        r, k = divmod(i, columns)
+        for ax, x in ((axes[2*r, k], before), (axes[2*r + 1, k], after)):
+            ax.imshow(x[i].permute(1, 2, 0), vmin=0, vmax=1)
+            ax.set_anchor('N')
+        text = '\n'.join(textwrap.wrap(texts[i], 17))
+        axes[2*r + 1, k].text(.5, -.06, text, transform=axes[2*r + 1, k].transAxes, ha='center', va='top',
+                              fontsize=7)
+    for r in range(rows):
+        for k, what in enumerate(('full precision', 'quantized')):
+            axes[2*r + k, 0].text(-.08, .5, what, transform=axes[2*r + k, 0].transAxes, rotation=90,
+                                  ha='right', va='center', fontsize=8)
+    fig.subplots_adjust(left=.04, right=.995, top=.995, bottom=.02, wspace=.04, hspace=.03)
+    fig.savefig(path, format='png', dpi=110)
+    plt.close(fig)
+
 # %% ../nbs/12_command/41_cli.ipynb #09780b39
+_SCORES = dict(accuracy='the judge sees what was asked for', group='... at least its group',
+               retrieval='the prompt is found among 20')
+
 def _report_text(r):
     "The report of the demo, as markdown."
     mb = lambda n: f'{n/1e6:.2f} MB'
@@ -727,7 +808,8 @@ def _report_text(r):
             ('file of the U-Net', mb(r['file_bytes_original']), mb(r['file_bytes'])),
             ('U-Net in memory', mb(r['ram_bytes_original']), mb(r['ram_bytes'])),
             ('beside it, weights kept for speed (`AQUATIC_WEIGHT_CACHE`)', mb(0), mb(r['kept_bytes'])),
-            (f'class accuracy, {r["images"]} images', r['accuracy_full_precision'], r['accuracy']),
+            *((f'{what}, {r["images"]} images', r[f'{k}_full_precision'], r[k]) for k, what in _SCORES.items()
+              if k in r),
             ('PSNR against full precision, same seeds, dB', '', r['psnr_db'])]
     layers = f'{r["packed_layers"]} layers packed, {r["dense_layers"]} dense.'
     text = ['# aquatic demo', '', f'{layers} Settings: {r["settings"]}. {r["machine"]}.', '',

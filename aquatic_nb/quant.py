@@ -143,7 +143,8 @@ def quantize(
     calibration_prompts:list=None, # texts for pipelines that take them; None: the package's own
     calibration_kwargs:dict=None,  # further arguments of the pipeline, e.g. an image
     n_calibration:int=None,  # calibration trajectories; None: 64, for models of more than 100M parameters 16
-    guidance_scale=None,     # of the walk; None: 3 for class-conditional pipelines, else the pipeline's own
+    guidance_scale=None,     # of the walk; None: 3 for class-conditional pipelines, else the pipeline's own;
+                             # tuning then draws from half to one and a half of it
     overrides:dict=None,     # pattern -> 'dense', a Scheme or its text, (M, B), or integer bits 1..8
     laq=True,                # True: layers get what they bear; False: the uniform setting
     beam:int=8,              # partial sums kept in the code search
@@ -255,5 +256,7 @@ def tune(self:_Job, dense, calls):
     "Distillation from the model as it was; its checkpoint lies in the work folder."
     checkpoint = None if self.work.path is None else self.work.path/'tuning.pt'
     weights = timestep_weights(dense, split_points(calls)[1], .5)
-    more = dict(prompts=self.sources['prompts'], seed=self.settings.seed, checkpoint=checkpoint)
+    near = self.settings.guidance_scale                           # tuned around it, where it was given
+    more = dict(prompts=self.sources['prompts'], seed=self.settings.seed, checkpoint=checkpoint,
+                guidance_scale=None if near is None else (max(1., near/2), max(1., 1.5*near)))
     tune_model(self.model, dense, self.calibration, self.settings.tune, weights, run=self.shared_run, **more)

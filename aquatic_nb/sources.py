@@ -18,7 +18,7 @@ import aquatic_nb
 from .kaq import packable, weight_shape
 
 # %% ../nbs/12_command/40_sources.ipynb #70f31a71
-_SHIPPED = ('mini-ldm',)
+_SHIPPED = {'mini-ldm': 'mini_ldm', 'mini-sd': 'mini_sd'} # name -> folder of assets
 _DENOISERS = ('unet', 'transformer')
 
 @dataclass(frozen=True)
@@ -82,7 +82,8 @@ def find_source(
     config:str|None=None,   # what describes a single file: sd15, sdxl, or a folder
 )->Source:
     "Find what can be quantized; ValueError or FileNotFoundError says what is there instead."
-    if src in _SHIPPED and not Path(src).exists(): return Source(aquatic_nb.zoo.mini_path(), 'unet')
+    if src in _SHIPPED and not Path(src).exists():
+        return Source(aquatic_nb.zoo.mini_path(model=_SHIPPED[src]), 'unet')
     path = Path(src)
     if not path.exists():
         raise FileNotFoundError(f'{src!r} does not exist; give a diffusers folder, a pipeline folder, a '

@@ -196,9 +196,10 @@ def _inputs_of(pipe, rows, labels, prompt, guidance_scale):
     guided = dict(guidance_scale=guidance_scale) if 'guidance_scale' in takes else {}
     if labels: return guided | dict(class_labels=[labels[i] for i in rows])
     if 'prompt' not in takes: return guided | dict(batch_size=len(rows))
-    if prompt is None:
+    if not prompt:
         raise ValueError(f'{type(pipe).__name__} needs a prompt; give one (--prompt on the command line)')
-    return guided | dict(prompt=[prompt]*len(rows))
+    texts = [prompt] if isinstance(prompt, str) else prompt
+    return guided | dict(prompt=[texts[i % len(texts)] for i in rows])
 
 # %% ../../nbs/11_judging/36_samples.ipynb #4bf541ec
 @torch.no_grad()
@@ -210,7 +211,7 @@ def sample_images(
     seed:int=0,         # image i depends on (seed, i) only
     batch:int=64,       # images at once
     classes=None,       # labels to go through in turn; None: all there are
-    prompt=None,        # for pipelines that take text
+    prompt=None,        # for pipelines that take text: a text, or a list to go through in turn
     progress=False,     # show a progress bar
     desc='images',      # of the progress bar
 ) -> Tensor:            # [n, C, H, W] float, pixels in [0, 1]

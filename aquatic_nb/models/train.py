@@ -396,7 +396,11 @@ def mini_pipeline(
     unet, embedding = kept.module['unet'].eval(), kept.module['embedding'].eval()
     return ClassConditionalLDMPipeline(unet, vae.eval(), embedding, ldm_scheduler(), **stats)
 
-def _half(state):
+# %% ../../nbs/02_models/08_train.ipynb #09ccd174
+def half_of(
+    state:dict, # name -> tensor
+) -> dict:
+    "A state in half precision, whole numbers as they are."
     return {k: (v.half() if v.is_floating_point() else v).contiguous() for k, v in state.items()}
 
 # %% ../../nbs/02_models/08_train.ipynb #b5327b07
@@ -411,7 +415,7 @@ def export_mini(
     for part in (pipe.unet, pipe.vae, pipe.class_embedding): part.half()
     pipe.save_pretrained(dst)
     kept.load_state_dict(_read(runs, 'clf.pt')['average'])
-    save_file(_half(kept.module.state_dict()), dst/'classifier.safetensors')
+    save_file(half_of(kept.module.state_dict()), dst/'classifier.safetensors')
     small = images[:, 0, 2:-2, 2:-2].numpy()
     np.savez_compressed(dst/'test_images.npz', images=small, labels=labels.numpy().astype(np.uint8))
     for file in dst.rglob('*'): file.chmod(0o755 if file.is_dir() else 0o644)
