@@ -140,11 +140,10 @@ def _stages(title, total, every=2.):
         finally: over.set()
 
 # %% ../nbs/12_command/41_cli.ipynb #da484608
-_LARGE = 100_000_000 # parameters; above, `quantize` calibrates with fewer trajectories
-
 def _stages_of(model, table, settings, data):
     "What a run goes through: stage -> what it does; `data` says where calibration inputs come from."
-    n = settings['n_calibration'] or (64 if model.num_parameters() <= _LARGE else 16)
+    n = aquatic_nb.quant.preset_settings(settings.get('preset', 'default'), model.num_parameters(),
+                                         n_calibration=settings['n_calibration'])['n_calibration']
     layers, out = int((table.scheme != 'dense').sum()), {}
     if data: out['walk'] = f'{n} trajectories of the full-precision model ({data})'
     if data and settings['laq']: out['sensitivity'] = f'what each of {len(packable(model))} layers bears'
@@ -214,6 +213,8 @@ _Trajectories = _option(Optional[int], 'Calibration trajectories; 64, or 16 for 
                         'parameters.', min=1)
 _WalkGuidance = _option(Optional[float], 'Guidance scale of the calibration; what suits the pipeline where '
                         'not given.')
+_Fast = _option(bool, 'Less than half the time, and about a decibel.', '--fast')
+_Best = _option(bool, 'More than twice the time, for the last decibel.', '--best')
 _Prompts = _option(Optional[Path], "Texts to calibrate with, a UTF-8 file, one a line; the package's own "
                    'where not given.')
 
@@ -238,6 +239,8 @@ def quantize(
     trajectories:_Trajectories=None, # of calibration
     guidance:_WalkGuidance=None, # of calibration
     prompts:_Prompts=None,     # file of texts to calibrate with
+    fast:_Fast=False,          # less time
+    best:_Best=False,          # more time
     seed:_Seed=0,              # of everything random
     force:_Force=False,        # replace what is there
     as_json:_Json=False,       # result as JSON
@@ -248,7 +251,9 @@ def quantize(
         raise ValueError('DST is missing; name the folder for the result, or use --plan')
     source = find_source(src, part, variant, config)
     if dst is not None: check_destination(dst, source.path, force)
+    if fast and best: raise ValueError('--fast and --best exclude each other; give one of them')
     settings = dict(bits=bits, act_bits=act_bits, tune=tune, laq=calibration and not uniform, seed=seed,
+                    preset='fast' if fast else 'best' if best else 'default',
                     n_calibration=trajectories, guidance_scale=guidance, overrides=parse_overrides(override),
                     calibration_prompts=None if prompts is None else read_prompts(prompts))
     told, text = _told_before(source, settings, memory, calibration)

@@ -42,9 +42,9 @@ def _anchors(options, n=3):
     at = np.linspace(low, effective_bits(aq[-1]), n)
     return list(dict.fromkeys([aq[0]] + [min(aq, key=lambda o: abs(effective_bits(o) - v)) for v in at]))
 
-def _measured(anchors):
-    "Those whose damage is measured: the two in the middle, or all where they are fewer."
-    return anchors if len(anchors) < 4 else anchors[1:3]
+def _measured(anchors, thorough=False):
+    "Those whose damage is measured: the two in the middle, or all where they are fewer or it may take longer."
+    return anchors if thorough or len(anchors) < 4 else anchors[1:3]
 
 # %% ../nbs/05_bits/17_laq.ipynb #d2189aa3
 def _decoded(W, H, scheme, seed=0, codebooks=None, triangle=None):
@@ -69,11 +69,13 @@ def _every(O, N, d, groups=16_384):
 class _Layer:
     "What is known of one layer before its options are tried."
     name:str; module:nn.Module; H:Tensor|None; gains:Tensor|None; options:list; books:dict
+    thorough:bool=False
 
     @property
     def W(self): return by_output(self.module).float().flatten(1)
     @property
-    def every(self): return _every(*self.W.shape, natural_group_size(weight_shape(self.module)))
+    def every(self):
+        return 1 if self.thorough else _every(*self.W.shape, natural_group_size(weight_shape(self.module)))
 
     def row_gains(self): # [O]; zeros where the layer does nothing
         dead = self.gains is None or float(self.gains.max()) < 1e-15
@@ -121,7 +123,8 @@ def _estimates(layer, seed):
                          weights=W.numel(),
                          h_error=h/base, cheap=c*stands_for if c > 1e-20 else 0., measured=math.nan,
                          encoded=o in known))
-    return rows, (W, some, {s: weights[s] for s in _measured(list(weights))}, stands_for)
+    seen = _measured(list(weights), layer.thorough)
+    return rows, (W, some, {s: weights[s] for s in seen}, stands_for)
 
 # %% ../nbs/05_bits/17_laq.ipynb #ba7bed98
 SHARED_ANCHORS = ((1, 8), (2, 8), (4, 8)) # shared options that are really encoded
@@ -170,6 +173,7 @@ def sensitivity(
     *,
     options=None,         # function: module -> list of options; None: `menu`, and `shared_menu`
     cheap=False,          # True: estimates from backward passes alone; False: a few options are measured
+    thorough=False,       # True: twice as many of them, on all rows and twice as many steps
     names:list=None,      # layers; None: all that can be packed
     held_out:int=4,       # trajectories on which damage is measured
     codebook_dtype='int8', # 'int8' or 'fp16'
@@ -188,7 +192,7 @@ def sensitivity(
         raise ValueError(f'sensitivity: {unknown[0]!r} is not a layer that can be packed; layers are named '
                          f'like {next(iter(layers))!r}')
     if device is not None: model.to(device)
-    run, offered = Run(seed, workers, memory, progress), (options, codebook_dtype)
+    run, offered = Run(seed, workers, memory, progress), (options, codebook_dtype, thorough)
     analysis = _Analysis(model, as_calls(model, batches), names, held_out, offered, run)
     try: table = analysis.table(cheap, work_dir)
     finally: model.to(home)
@@ -211,7 +215,7 @@ def with_dense(
 class _Analysis:
     "The analysis of one model, wave by wave."
     def __init__(self, model, calls, names, held_out, offered, run):
-        options, self.codebook_dtype = offered
+        options, self.codebook_dtype, self.thorough = offered
         self.model, self.names, self.run, self.layers = model, names, run, packable(model)
         self.rest, self.points = split_points(calls, held_out)
         self.order = [n for n in execution_order(model, calls[0]) if n in set(names)]
@@ -224,7 +228,7 @@ class _Analysis:
         self.mark = table_mark(model)
         self.key = digest('laq table 4', self.mark, calls.mark(),
                           {n: list(map(str, m)) for n, m in self.menus.items()},
-                          held_out, run.seed)
+                          held_out, run.seed, *(['thorough'] if self.thorough else []))
 
 # %% ../nbs/05_bits/17_laq.ipynb #1012f7bc
 @patch
@@ -241,7 +245,7 @@ def table(self:_Analysis, cheap, work_dir):
     table = _read_cache(path)
     todo = [n for n in self.order if table.empty or n not in set(table.layer)]
     if not todo: return _ordered(table, self.names)
-    self.probe = Probe(self.model, self.points, every=4)
+    self.probe = Probe(self.model, self.points, every=2 if self.thorough else 4)
     self.gains = row_gains(self.probe, self.order, seed=self.run.seed)
     with self.run.bar(total=len(todo), desc='sensitivity') as bar:
         for rows in self.rows(todo, cheap):
@@ -279,7 +283,8 @@ def rows(self:_Analysis, todo, cheap):
 def layer(self:_Analysis, name, moments, books):
     "One layer with what is known of it."
     H = moments[name].H if name in moments else None
-    return _Layer(name, self.layers[name], H, self.gains.get(name), self.menus[name], books.get(name, {}))
+    return _Layer(name, self.layers[name], H, self.gains.get(name), self.menus[name], books.get(name, {}),
+                  self.thorough)
 
 @patch
 def measure(self:_Analysis, made, copies):

@@ -93,6 +93,9 @@ def check_bits(
 _all_ = ['quant_report', 'TuneConfig'] # part of this door, too
 _PER_STEP = 24   # samples of a step of the walk that layers are calibrated on
 _LARGE = 100_000_000 # parameters from which on a model is treated as a large one
+_PRESETS = dict(fast=dict(beam=4, sweeps=1, sequential=False, n_calibration=32, measure='cheap'),
+               default=dict(beam=8, sweeps=3, sequential='auto', n_calibration=64, measure=None),
+               best=dict(beam=16, sweeps=8, sequential='auto', n_calibration=128, measure='thorough'))
 
 @dataclass(frozen=True)
 class _Settings:
@@ -109,9 +112,10 @@ class _Settings:
     tune:object
     seed:int
     memory:int
+    measure:str|None=None # how LAQ measures: None, 'cheap' or 'thorough', see `laq.sensitivity`
 
     def mark(self):
-        return digest('settings 4', {k: v if k != 'tune' else str(v) for k, v in vars(self).items()})
+        return digest('settings 5', {k: v if k != 'tune' else str(v) for k, v in vars(self).items()})
 
 # %% ../nbs/09_door/24_quant.ipynb #f2090c4a
 def _check_arguments(s, calibration):
@@ -133,6 +137,20 @@ def _check_arguments(s, calibration):
         raise ValueError('tune needs calibration=pipe, the pipeline whose trajectories teach; '
                          'for other models call tune.distill.distill with a Teacher of your own')
 
+# %% ../nbs/09_door/24_quant.ipynb #f3846d76
+def preset_settings(
+    preset:str, # 'fast', 'default' or 'best'
+    size:int,   # parameters of the model
+    **given,    # what was given; None: as the preset has it
+) -> dict:      # beam, sweeps, sequential, n_calibration, measure
+    "Settings of a preset where none were given; a large model is calibrated on fewer trajectories."
+    if preset not in _PRESETS:
+        raise ValueError(f'preset={preset!r}, expected one of {", ".join(map(repr, _PRESETS))}')
+    how = dict(_PRESETS[preset])
+    if size > _LARGE: how['n_calibration'] //= 4
+    how |= {k: v for k, v in given.items() if v is not None}
+    return how | dict(sequential=how['sequential'] if how['sequential'] == 'auto' else bool(how['sequential']))
+
 # %% ../nbs/09_door/24_quant.ipynb #aca17bde
 def quantize(
     model:nn.Module,         # a diffusers model, or any other module; changed in place
@@ -142,14 +160,17 @@ def quantize(
     calibration='auto',      # list of inputs, function that runs it, pipeline that holds it, 'auto', or None
     calibration_prompts:list=None, # texts for pipelines that take them; None: the package's own
     calibration_kwargs:dict=None,  # further arguments of the pipeline, e.g. an image
-    n_calibration:int=None,  # calibration trajectories; None: 64, for models of more than 100M parameters 16
+    n_calibration:int=None,  # calibration trajectories; None: 64 (fast: 32, best: 128), of models of more
+                             # than 100M parameters a quarter
     guidance_scale=None,     # of the walk; None: 3 for class-conditional pipelines, else the pipeline's own;
                              # tuning then draws from half to one and a half of it
     overrides:dict=None,     # pattern -> 'dense', a Scheme or its text, (M, B), or integer bits 1..8
     laq=True,                # True: layers get what they bear; False: the uniform setting
-    beam:int=8,              # partial sums kept in the code search
-    sweeps:int=3,            # rounds of codes, codebooks, scales
-    sequential='auto',       # inputs behind the quantized prefix; 'auto': up to 100M parameters, or on a GPU
+    preset:str='default',    # 'fast', 'default' or 'best': what is not given below, and how LAQ measures
+    beam:int=None,           # partial sums kept in the code search; None: 8 (fast: 4, best: 16)
+    sweeps:int=None,         # rounds of codes, codebooks, scales; None: 3 (fast: 1, best: 8)
+    sequential=None,         # inputs behind the quantized prefix; None: up to 100M parameters, or on a GPU
+                             # (fast: never)
     codebook_dtype='int8',   # 'int8' or 'fp16'
     tune=None,               # minutes of distillation, or a `TuneConfig`; needs a pipeline as calibration
     seed:int=0,              # same seed, same bytes
@@ -163,9 +184,11 @@ def quantize(
     "Quantize a model in place to `bits` stored bits a weight."
     layers, size = _check_model(model), sum(p.numel() for p in model.parameters())
     home = str(device or next(model.parameters()).device)
-    if sequential == 'auto': sequential = size <= _LARGE or 'cuda' in home
-    s = _Settings(bits, bool(laq), beam, sweeps, n_calibration or (64 if size <= _LARGE else 16),
-                  guidance_scale, bool(sequential), codebook_dtype, act_bits, tune, seed, memory)
+    how = preset_settings(preset, size, beam=beam, sweeps=sweeps, n_calibration=n_calibration,
+                          sequential=None if sequential == 'auto' else sequential)
+    if how['sequential'] == 'auto': how['sequential'] = size <= _LARGE or 'cuda' in home
+    s = _Settings(bits=bits, laq=bool(laq), guidance_scale=guidance_scale, codebook_dtype=codebook_dtype,
+                  act_bits=act_bits, tune=tune, seed=seed, memory=memory, **how)
     _check_arguments(s, calibration)
     for check in CHECK: check(model)
     fixed = match_layers(overrides, {n: weight_shape(m) for n, m in layers.items()})
@@ -245,7 +268,7 @@ def choose(self:_Job, calls):
         return choose_uniform(weights_of(self.model), s.bits, self.fixed, s.codebook_dtype), None
     folder = None if self.work.path is None else self.work.path/'laq'
     table = sensitivity(self.model, thinned(calls, _PER_STEP, whole=True), codebook_dtype=s.codebook_dtype,
-                        work_dir=folder,
+                        work_dir=folder, cheap=s.measure == 'cheap', thorough=s.measure == 'thorough',
                         seed=s.seed, memory=s.memory, workers=run.workers, progress=run.progress)
     choice = allocate(table, bits_to_bytes(table, s.bits), overrides=self.fixed)
     return choice, worth_of(table, choice)

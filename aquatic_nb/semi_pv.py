@@ -52,6 +52,7 @@ class SeMIPV(torch.optim.Optimizer):
         code_every:int=5,    # a code step every so many steps
         code_fraction:float=1e-2, # groups looked at in a code step
         trust_ratio:float=2e-3,   # relative change of a layer's weight in a code step
+        integer_codes:bool=True, # let whole numbers jump as well as sums of codewords
         clear:float=3.,      # a jump's expected gain, in standard errors of the averaged gradient, at least
         state_dtype=None,    # torch.bfloat16 to halve the state; None: as the parameter
         beam:int=8,          # of the code search
@@ -64,6 +65,7 @@ class SeMIPV(torch.optim.Optimizer):
         self.layers, self.selector, self.roles, self.tau = layers, selector, tuple(roles), tau
         self.membership, self.code_every, self.code_fraction = membership, code_every, code_fraction
         self.trust_ratio, self.clear, self.state_dtype, self.beam = trust_ratio, clear, state_dtype, beam
+        self.integer_codes = integer_codes
         coded = [(o, o.roles()) for o in layers.values()]
         self.owner = {id(p): o for o, found in coded for r in ('codes', 'codebooks')
                       for p in found.get(r, {}).values()}
@@ -278,8 +280,9 @@ def share_moved(self:SeMIPV) -> dict: # kind -> share, counted again where a gro
 
 @patch
 def code_layers(self:SeMIPV) -> list:
-    "The opened layers that have codes."
-    return [self.owner[id(p)] for g in self.param_groups if g['role'] == 'codes' for p in g['params']]
+    "The opened layers whose codes may jump."
+    found = [self.owner[id(p)] for g in self.param_groups if g['role'] == 'codes' for p in g['params']]
+    return [o for o in found if self.integer_codes or not o.integer]
 
 def _kind(layer): return 'integer' if layer.integer else 'additive'
 

@@ -12,7 +12,7 @@ from aquatic_nb.aq import Scheme, stored_bytes
 from aquatic_nb.calib import calibration_batches
 from aquatic_nb.kaq import packable
 from aquatic_nb.layers import packed_layers
-from aquatic_nb.quant import plan, quant_report, quantize_unet
+from aquatic_nb.quant import plan, preset_settings, quant_report, quantize_unet
 from packed_models import conditional, plain
 
 @pytest.fixture(scope='module')
@@ -147,3 +147,24 @@ def test_layers_that_never_run_and_models_of_another_kind():
     two = Two()
     out = quantize_unet(two, 9, laq=False, calibration=[dict(sample=torch.randn(64, 16, generator=core.generator(0, 'x')))], progress=False)
     assert set(packed_layers(out)) == {'used', 'never'}
+
+
+def test_presets_fill_what_was_not_given(dense):
+    fast, default, best = (preset_settings(o, 10) for o in ('fast', 'default', 'best'))
+    for name in ('beam', 'sweeps', 'n_calibration'): assert fast[name] < default[name] < best[name]
+    assert fast['sequential'] is False
+    assert preset_settings('fast', 10, beam=5, sequential=True) == fast | dict(beam=5, sequential=True)
+    assert preset_settings('default', 10**9)['n_calibration'] == default['n_calibration']//4
+    with pytest.raises(ValueError, match="preset='quick', expected one of 'fast', 'default', 'best'"):
+        quantize_unet(copy.deepcopy(dense), 3, preset='quick')
+
+def test_given_arguments_count_for_more_than_the_preset(dense, batches):
+    given = dict(calibration=batches, n_calibration=4, sequential=True)
+    same(quantized(dense, **given), quantized(dense, preset='fast', **given))
+
+@pytest.mark.parametrize('preset', ['fast', 'best'])
+def test_presets_keep_to_the_bits_and_resume(dense, batches, preset, tmp_path):
+    kw = dict(laq=True, preset=preset, calibration=batches, beam=None, sweeps=None)
+    one, other = quantized(dense, **kw, work_dir=tmp_path), quantized(dense, **kw, work_dir=tmp_path)
+    same(one, other)
+    assert quant_report(one).attrs['bits'] <= 6
