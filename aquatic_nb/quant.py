@@ -8,6 +8,8 @@ __all__ = ['plan', 'quantize', 'quantize_unet', 'quant_report', 'TuneConfig']
 # %% ../nbs/09_door/24_quant.ipynb #1e13ab7f
 import copy
 import math
+import sys
+import time
 import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -19,10 +21,11 @@ from fastcore.meta import delegates
 from torch import nn
 
 from .act import attach_act
-from .aq import stored_bytes
+from .aq import Scheme, stored_bytes
 from .calib import calibration_batches
-from .core import Alone, Run, digest, single_thread, work_lock
-from .kaq import layer_kind, match_layers, packable, weight_shape, why_dense
+from .core import Alone, Run, digest, generator, single_thread, work_lock
+from .encode import encode_rows
+from .kaq import by_output, layer_kind, match_layers, packable, weight_shape, why_dense
 from .knapsack import allocate, bits_to_bytes
 from .laq import sensitivity, worth_of
 from .layers import packed_layers, why_not_replaced
@@ -30,6 +33,7 @@ from .pack import (CHECK, FINISH, WorkDir, choose_uniform, encode_model, pack, q
                              weights_of)
 from .probe import split_points, thinned, timestep_weights
 from .tune.distill import TuneConfig, tune_model
+from .walk import answer, merge
 
 # %% ../nbs/09_door/24_quant.ipynb #6bb17dba
 _NOTHING = 'no convolution or linear layer that could be quantized'
@@ -149,7 +153,8 @@ def preset_settings(
     how = dict(_PRESETS[preset])
     if size > _LARGE: how['n_calibration'] //= 4
     how |= {k: v for k, v in given.items() if v is not None}
-    return how | dict(sequential=how['sequential'] if how['sequential'] == 'auto' else bool(how['sequential']))
+    if how['sequential'] != 'auto': how['sequential'] = bool(how['sequential'])
+    return how
 
 # %% ../nbs/09_door/24_quant.ipynb #aca17bde
 def quantize(
@@ -239,6 +244,7 @@ def stages(self:_Job):
     s, run, model = self.settings, self.shared_run, self.model
     calls = None if self.calibration is None else run.spread.once(self.calibrate)
     if calls is not None: self.work.check('inputs', calls.mark())
+    self.announce(calls)
     schemes, worth = run.spread.once(lambda: self.choose(calls))
     few = None if calls is None else thinned(calls, _PER_STEP)
     done = encode_model(model, schemes, few, dict(beam=s.beam, sweeps=s.sweeps), self.work, s.sequential,
@@ -272,6 +278,67 @@ def choose(self:_Job, calls):
                         seed=s.seed, memory=s.memory, workers=run.workers, progress=run.progress)
     choice = allocate(table, bits_to_bytes(table, s.bits), overrides=self.fixed)
     return choice, worth_of(table, choice)
+
+# %% ../nbs/09_door/24_quant.ipynb #ed0816c9
+_BEND = 4_000 # inputs of a layer beyond which products with H cost more than the search
+
+def _row_seconds(model, calls):
+    "Seconds of a row of the model in a batch, the best of three."
+    call, times = merge(list(calls[:8]), 32)[0][0], []
+    for _ in range(3):
+        start = time.perf_counter()
+        with torch.no_grad(), single_thread(): answer(model, call)
+        times.append(time.perf_counter() - start)
+    return min(times)/call.rows
+
+def _encode_seconds(beam, sweeps):
+    "A function (O, N) -> seconds of encoding a layer of that shape, from a small one."
+    W, H, times = torch.randn(64, 576, generator=generator(0, 'pace')), torch.eye(576), []
+    with single_thread():
+        for _ in range(2):                                       # the first time may compile
+            start = time.perf_counter()
+            encode_rows(W, H, Scheme(2, 8, 9), beam, sweeps)
+            times.append(time.perf_counter() - start)
+    size = lambda O, N: O*N*(1 + N/_BEND)
+    return lambda O, N: times[-1]*size(O, N)/size(64, 576)
+
+# %% ../nbs/09_door/24_quant.ipynb #20ea1418
+@patch
+def expected(self:_Job, calls, s): # stage -> seconds; s: the settings, or others
+    "About how long the stages after the walk take on this machine."
+    row, few = _row_seconds(self.model, calls), thinned(calls, _PER_STEP)
+    shapes = [(len(w), w[0].numel()) for w in map(by_output, packable(self.model).values())]
+    rows, held = sum(c.rows for c in few), split_points(thinned(calls, _PER_STEP, whole=True))[1]
+    code, threads = _encode_seconds(s.beam, s.sweeps), max(1, self.shared_run.workers)
+    total = lambda f: sum(f(O, N) for O, N in shapes)/threads
+    out = {}
+    if s.laq:
+        options, every = dict(cheap=(0, 4), thorough=(4, 2)).get(s.measure, (2, 4))
+        seen = sum(c.rows for c in held)/every
+        quick = _encode_seconds(2, 1)
+        found = row*(seen*(options*len(shapes)/threads + 12) + rows) + 2.5*total(quick)
+        out['sensitivity'] = found + row*len(held)*len(held)/4*held[0].rows/held[0].samples
+    waves = 12 if s.sequential else 1
+    out['moments and codes'] = row*rows*(1 + .6*waves if waves > 1 else 1) + total(code)
+    if s.act_bits is not None: out['activations'] = 1.5*row*rows
+    minutes = getattr(s.tune, 'minutes', s.tune)
+    if minutes: out['tuning'] = 60*minutes
+    return out
+
+@patch
+def announce(self:_Job, calls):
+    "Say how long it will take, and what would be faster."
+    s = self.settings
+    small = sum(m.weight.numel() for m in packable(self.model).values()) < 2_000_000
+    if small or not self.shared_run.progress or calls is None or self.shared_run.spread.rank: return
+    own = self.expected(calls, s)
+    if (total := sum(own.values())) < 60: return
+    told = ', '.join(f'{k} {v/60:.1f}' for k, v in own.items())
+    text = f'quantize: about {total/60:.0f} minutes here ({told})'
+    quick = replace(s, **{k: v for k, v in _PRESETS['fast'].items() if k != 'n_calibration'})
+    fast = sum(self.expected(calls, quick).values())
+    if fast < .7*total: text += f"; with preset='fast' about {fast/60:.0f}"
+    print(text, file=sys.stderr, flush=True)
 
 # %% ../nbs/09_door/24_quant.ipynb #16893826
 @patch

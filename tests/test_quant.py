@@ -1,13 +1,14 @@
 """`quantize_unet` as a user meets it: bits that add up, runs that can be killed, messages that name what is wrong."""
 import aquatic_nb # noqa: F401  first: torchvision may lack its operators
 import copy, errno, math, os
+from dataclasses import replace
 
 import pytest
 import torch
 from diffusers import ConfigMixin, ModelMixin, UNet2DConditionModel
 from diffusers.configuration_utils import register_to_config
 
-from aquatic_nb import core
+from aquatic_nb import core, quant
 from aquatic_nb.aq import Scheme, stored_bytes
 from aquatic_nb.calib import calibration_batches
 from aquatic_nb.kaq import packable
@@ -168,3 +169,31 @@ def test_presets_keep_to_the_bits_and_resume(dense, batches, preset, tmp_path):
     one, other = quantized(dense, **kw, work_dir=tmp_path), quantized(dense, **kw, work_dir=tmp_path)
     same(one, other)
     assert quant_report(one).attrs['bits'] <= 6
+
+def job_of(dense, batches, **kw):
+    how = preset_settings('default', 10, **kw)
+    how['sequential'] = how['sequential'] == 'auto'
+    s = quant._Settings(bits=2, laq=True, guidance_scale=None, codebook_dtype='int8', act_bits=None, tune=None, seed=0, memory=2**32, **how)
+    return quant._Job(dense, s, batches, {}, {}, core.Run())
+
+def test_expected_minutes_grow_with_the_work(dense, batches):
+    from aquatic_nb.walk import as_calls
+    calls = as_calls(dense, batches)
+    job = job_of(dense, batches)
+    found = job.expected(calls, job.settings)
+    assert set(found) == {'sensitivity', 'moments and codes'} and min(found.values()) > 0
+    more = job.expected(calls, replace(job.settings, tune=3., act_bits=8, measure='thorough'))
+    assert more['tuning'] == 180 and more['activations'] > 0
+    less = job.expected(calls, replace(job.settings, laq=False))
+    assert set(less) == {'moments and codes'}
+
+def test_a_long_run_says_so_before_it_begins(dense, batches, capsys, monkeypatch):
+    job = job_of(dense, batches)
+    seconds = lambda self, calls, s: {'sensitivity': 300. if s.measure is None else 10., 'moments and codes': 100.}
+    monkeypatch.setattr(quant._Job, 'expected', seconds)
+    job.announce(batches)
+    assert capsys.readouterr().err == ''                              # too small to be worth the timing
+    monkeypatch.setattr(quant, 'packable', lambda model: {'x': torch.nn.Linear(2000, 2000)})
+    job.announce(batches)
+    said = capsys.readouterr().err
+    assert "about 7 minutes here (sensitivity 5.0, moments and codes 1.7); with preset='fast' about 2" in said
