@@ -400,6 +400,7 @@ class TuneConfig:
     code_fraction:float=1e-2
     trust_ratio:float=2e-3
     integer_codes:bool=False # do the codes of integer layers move, too?
+    clear:float=3.        # standard errors that a jump's gain has to be above zero
     ema:float=.98         # of continuous parameters; 0: none
     warmup:int=10         # steps of rising learning rate
     bf16:bool=None        # compute in bfloat16; None: where the machine has it
@@ -494,7 +495,8 @@ class Tuner:
         for g in groups:
             for p in g['params']: p.requires_grad_(True)
         by_loop = c.selector in ('A', 'random')
-        keep = {k: getattr(c, k) for k in ('tau', 'code_every', 'code_fraction', 'trust_ratio', 'integer_codes')}
+        keep = {k: getattr(c, k) for k in ('tau', 'code_every', 'code_fraction', 'trust_ratio', 'integer_codes',
+                                        'clear')}
         keep['state_dtype'] = torch.bfloat16 if c.bf16_state else None
         self.optimizer = SeMIPV(groups, self.layers, None if by_loop else c.selector, **keep)
         self.mean = MovingAverage([p for g in groups if g['role'] != 'codes' for p in g['params']], c.ema)
