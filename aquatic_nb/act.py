@@ -283,9 +283,10 @@ class InputWatch:
     def __init__(self, name, timesteps, split, generator, keep=512, extremes=24, calls=4):
         self.name, self.timesteps, self.split, self.generator = name, timesteps, split, generator
         self.keep, self.extremes, self.calls, self.parts, self.ends = keep, extremes, calls, {}, {}
+        self.now = None # times of the call, on the host; None: ask `current_timestep`
 
     def __call__(self, layer, args):
-        x, t = args[0].detach().float(), current_timestep()
+        x, t = args[0].detach().float(), current_timestep() if self.now is None else self.now
         if not torch.isfinite(x).all():
             raise ValueError(f'layer {self.name!r}: its calibration input holds NaN or infinity (timestep '
                              f'{t if t is None else t.tolist()}); check the weights and the calibration '
@@ -295,14 +296,25 @@ class InputWatch:
         if len(bucket) != len(x): bucket = bucket.repeat_interleave(len(x)//len(bucket))
         dim = 1 if x.dim() == 4 else x.dim() - 1
         halves = [x] if self.split is None else x.split([self.split, x.shape[dim] - self.split], dim)
+        bucket = bucket.cpu()
         for b in bucket.unique().tolist():
-            for h, part in enumerate(halves): self.add((b, h), part[(bucket == b).to(part.device)].flatten())
+            rows = (bucket == b).nonzero().flatten().to(x.device)
+            for h, part in enumerate(halves): self.add((b, h), part[rows].flatten())
 
     def add(self, key, v):
-        lo, hi = self.ends.get(key, (0., 0.))
-        self.ends[key] = min(lo, v.min().item()), max(hi, v.max().item())
+        ends = torch.stack([v.min().clamp(max=0), v.max().clamp(min=0)])
+        old = self.ends.get(key, ends)
+        self.ends[key] = torch.stack([torch.minimum(old[0], ends[0]), torch.maximum(old[1], ends[1])])
         parts = self.parts.setdefault(key, [])
         if len(parts) < self.calls: parts.append(sample_values(v, self.keep, self.extremes, self.generator))
+
+# %% ../nbs/04_layers/13_act.ipynb #604e7d12
+@patch
+def seen(self:InputWatch)->dict: # (bucket, half) -> values, weights, [smallest, largest], on the host
+    "What was watched; one copy from the device for all of it."
+    parts = [t for k in self.parts for t in (*map(torch.cat, zip(*self.parts[k])), self.ends[k])]
+    host = iter(torch.cat(parts).cpu().split([len(t) for t in parts])) if parts else iter(())
+    return {k: (next(host), next(host), next(host).tolist()) for k in self.parts}
 
 # %% ../nbs/04_layers/13_act.ipynb #d633766d
 def fit_act(
@@ -312,10 +324,8 @@ def fit_act(
     "The quantizer with the least squared error on what was watched."
     T, H = len(watch.timesteps), 1 if watch.split is None else 2
     scale, zero = torch.full((T, H), torch.nan), torch.zeros(T, H)
-    for (b, h), parts in watch.parts.items():
-        lo, hi = watch.ends[b, h]
+    for (b, h), (v, w, (lo, hi)) in watch.seen().items():
         if hi - lo < 1e-20: continue
-        v, w = (torch.cat(o) for o in zip(*parts))
         scale[b, h], zero[b, h], _ = search_range(v, w, bits, lo, hi)
     for h in range(H):
         found = (~scale[:, h].isnan()).nonzero().flatten()
@@ -337,9 +347,13 @@ def _call_times(model, batches)->Tensor:
     return torch.cat(times) if times else torch.zeros(1)
 
 # %% ../nbs/04_layers/13_act.ipynb #7c1de014
-def _run_all(model, batches):
+def _run_all(model, batches, watches=()):
+    "Run a model on calls; watches are told the times of each, so that no layer has to ask the device."
     with steady_kernels():
-        for batch in batches: model(**batch)
+        for batch in batches:
+            now = _call_times(model, [batch])
+            for w in watches: w.now = now
+            model(**batch)
 
 # %% ../nbs/04_layers/13_act.ipynb #0f247d8b
 @torch.no_grad()
@@ -366,7 +380,7 @@ def attach_act(
     watches = {n: InputWatch(n, timesteps, splits.get(n), gen) for n in names}
     for n in names: packed[n].act = None
     handles = [packed[n].register_forward_pre_hook(w) for n, w in watches.items()]
-    try: _run_all(model, batches)
+    try: _run_all(model, batches, watches.values())
     finally:
         for h in handles: h.remove()
     if silent := [n for n, w in watches.items() if not w.parts]:

@@ -230,8 +230,10 @@ def _kmeans(x, n_codewords, weight, iters, generator):
         top = torch.zeros_like(centres).index_add_(0, index, weight*x)
         bottom = torch.zeros_like(centres).index_add_(0, index, weight)
         centres = torch.where(bottom > 0, top/bottom.clamp(min=1e-30), centres)
-        empty = (torch.bincount(index, minlength=n_codewords) == 0).nonzero().flatten()
-        if len(empty) and len(x) > n_codewords: centres[empty] = x[dist.topk(len(empty)).indices]
+        if len(x) <= n_codewords: continue
+        empty = torch.zeros_like(centres[:, 0]).index_fill_(0, index, 1.) == 0
+        far = dist.topk(n_codewords).indices[(empty.cumsum(0) - 1).clamp(min=0)]
+        centres = torch.where(empty[:, None], x[far], centres)   # the farthest vector for the first of them
     return centres, kmeans_assign(x, weight, centres)[0]
 
 # %% ../nbs/01_theory/01_aq.ipynb #cb08930b

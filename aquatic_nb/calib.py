@@ -215,13 +215,13 @@ def input_rows(
     views, dims = _windows(module, x), len(module.kernel_size)
     if pick is None: rows = views.flatten(0, dims)
     else:
-        pick = pick[pick < math.prod(views.shape[:1 + dims])]
-        rows = views[torch.unravel_index(pick, views.shape[:1 + dims])]     # only these are ever copied
+        pick = torch.unravel_index(pick[pick < math.prod(views.shape[:1 + dims])], views.shape[:1 + dims])
+        rows = views[tuple(o.to(x.device) for o in pick)]                   # only these are ever copied
     if module.transposed: rows = rows.flip(tuple(range(2, 2 + dims)))
     rows = rows.flatten(1).float()
     return rows if module.groups == 1 else rows.unflatten(1, (module.groups, -1)).transpose(0, 1)
 
-def _picked(rows, pick): return rows if pick is None else rows[pick[pick < len(rows)]]
+def _picked(rows, pick): return rows if pick is None else rows[pick[pick < len(rows)].to(rows.device)]
 
 # %% ../nbs/03_encoder/10_calib.ipynb #401aec46
 @dataclass
@@ -317,7 +317,7 @@ def see(self:_Catch, name, mod, x):
         n = max(1, self.budget(mod)//st.of)
         total, pick = positions(mod, x), None
         if total > n:
-            pick = torch.randperm(total, generator=generator(self.seed, name, st.call))[:n].to(x.device)
+            pick = torch.randperm(total, generator=generator(self.seed, name, st.call))[:n]
         st.rows[name] = input_rows(mod, x, pick)
     st.left.discard(name)
     if not st.left: raise _Stop

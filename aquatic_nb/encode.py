@@ -262,7 +262,8 @@ def _keep_better(st, codes):
     What = (sum_codewords(codes, st.C)*st.scales[:, None, None]).flatten(1)
     G = (st.W - What) @ st.H
     better = ((st.W - What)*G).sum(1) < ((st.W - st.What)*st.G).sum(1)
-    st.codes[better], st.What[better], st.G[better] = codes[better], What[better], G[better]
+    st.codes = torch.where(better[:, None, None], codes, st.codes)
+    st.What, st.G = (torch.where(better[:, None], *o) for o in ((What, st.What), (G, st.G)))
 
 def _triangle(H, d):
     "Columns by growing loudness of their group, and the Cholesky factor of H in that order."
@@ -287,11 +288,11 @@ def nearest_plane(
     d, new = st.scheme.group_size, st.codes.clone()
     index, L = triangle or _triangle(st.H, d)
     W, per, inverse = st.W[:, index], max(1, columns//d), _inverse(st.scales)
-    past, E = torch.zeros_like(W), torch.empty_like(W)
+    past, E, first = torch.zeros_like(W), torch.empty_like(W), index.tolist()
     for end in range(st.codes.shape[1], 0, -per):
         block = slice(max(end - per, 0)*d, end*d)
         for at in range(block.stop - d, block.start - 1, -d):
-            here, after, j = slice(at, at + d), slice(at + d, block.stop), int(index[at])//d
+            here, after, j = slice(at, at + d), slice(at + d, block.stop), first[at]//d
             Lk = L[here, here]
             a = (W[:, here] @ Lk + past[:, here] + E[:, after] @ L[after, here]) @ Lk.T*inverse
             new[:, j] = search_codes(a, st.C, Lk @ Lk.T, st.codes[:, j], beam, rounds)
@@ -374,22 +375,24 @@ def _conjugate_gradients(states, inverse, iters, ridge, enough):
     "What to add to the codebooks, and the states' G afterwards."
     precondition = lambda R: (inverse @ R.reshape(len(inverse), -1, 1)).reshape(R.shape)
     r, G = sum(_scatter(st, st.G) for st in states), [st.G.clone() for st in states]
-    loss = sum(st.loss() for st in states)
     x, z = torch.zeros_like(r), precondition(r)
     p, rz = z, (r*z).sum()
-    first = rz
+    loss = rz.new_tensor(sum(st.loss() for st in states), dtype=torch.float64)
+    first, on, done = rz, rz > 0, lambda: on.device.type == 'cpu' and not on # a device is not asked
     for _ in range(iters):
-        if rz <= 1e-9*first: break
+        on = on & (rz > 1e-9*first)
+        if done(): break
         PH = [st.decode(p) @ st.H for st in states]
         Ap = sum(_scatter(st, o) for st, o in zip(states, PH)) + ridge*p
-        step = rz/(p*Ap).sum()
+        step = torch.where(on, rz/(p*Ap).sum(), 0.)
         x, r = x + step*p, r - step*Ap
         for g, o in zip(G, PH): g.addcmul_(o, step, value=-1)
-        loss -= (step*rz).item()
-        if step*rz < enough*loss: break
+        loss = loss - (step*rz).double()
+        on = on & (step*rz >= (enough*loss).to(rz))
+        if done(): break
         z = precondition(r)
         new = (r*z).sum()
-        p, rz = z + new/rz*p, new
+        p, rz = torch.where(on, z + new/rz*p, 0.), new
     return x, G
 
 # %% ../nbs/03_encoder/11_encode.ipynb #f0c96028

@@ -197,25 +197,31 @@ def step_codes(self:SeMIPV):
     for k, n in self.changed.items(): self.moved[k] += n
     if self.jumps and self.selector == 'B': self.invalidate('B')
 
+# %% ../nbs/07_tuning/20_semi_pv.ipynb #7e8edb1e
+def _count(codes, n_codewords, which=None):
+    "[M, K] how often each codeword is used by the groups [n, M], or by some of them."
+    one = torch.ones(len(codes), device=codes.device) if which is None else which.float()
+    zero = torch.zeros(n_codewords, device=codes.device)
+    return torch.stack([zero.index_add(0, c.long(), one) for c in codes.T])
+
 # %% ../nbs/07_tuning/20_semi_pv.ipynb #c0e09dca
 @patch
 def jump(self:SeMIPV, layer, group) -> Jump: # None where nothing moved
     "Let codes jump where the averaged gradient clearly says so."
-    asked = self.ask(layer, group)
-    if asked is None: return None
-    rank, new = asked
-    M = new.shape[1]
-    flat, old = layer.codes.view(-1, M), layer.codes.view(-1, M)[rank]
-    flat[rank] = new
-    st, K = self.state[layer.weight], layer.scheme.n_codewords
-    for k in ('m', 'n_m'): st[k].flatten(0, 1)[rank] = 0                  # it spoke of another place
-    groups = torch.zeros(flat.shape[0], dtype=torch.bool, device=flat.device).index_fill_(0, rank, True)
-    count = lambda c: torch.stack([torch.bincount(c[:, m].long(), minlength=K) for m in range(M)]).float()
-    return Jump(groups.view(layer.codes.shape[:2]), (count(old) + count(new))/count(flat).clamp(min=1))
+    rank, new, taken = self.ask(layer, group)
+    if not taken.any(): return None                                       # the one wait of a layer
+    flat, K = layer.codes.view(-1, new.shape[1]), layer.scheme.n_codewords
+    old = flat[rank]
+    flat[rank] = torch.where(taken[:, None], new, old)
+    st = self.state[layer.weight]
+    for k in ('m', 'n_m'): st[k].flatten(0, 1)[rank] *= ~taken[:, None]   # it spoke of another place
+    groups = torch.zeros(len(flat), dtype=torch.bool, device=flat.device).index_copy_(0, rank, taken)
+    moved = _count(old, K, taken) + _count(new, K, taken)
+    return Jump(groups.view(layer.codes.shape[:2]), moved/_count(flat, K).clamp(min=1))
 
 # %% ../nbs/07_tuning/20_semi_pv.ipynb #b1c57bbc
 @patch
-def ask(self:SeMIPV, layer, group) -> tuple: # (index of groups [n], their new codes [n, M]), or None
+def ask(self:SeMIPV, layer, group) -> tuple: # index of groups [n], new codes [n, M], and which take them [n]
     "Which groups would gain by other codes, clearly, within the trust ratio."
     st, s = self.state[layer.weight], layer.row_scales()
     O, J, M = layer.codes.shape
@@ -223,11 +229,10 @@ def ask(self:SeMIPV, layer, group) -> tuple: # (index of groups [n], their new c
     mean = st['m'].float().flatten(0, 1)/(1 - b1**n).clamp(min=1e-12)[:, None]
     inside, size = self.metric(layer)
     size = size.flatten()
-    down = -(mean @ torch.linalg.inv(inside))                     # where the average points, in the metric
+    down = -(mean @ torch.linalg.inv_ex(inside).inverse)          # where the average points, in the metric
     worth = -(mean*down).sum(1)/size
     worth[(n < min(PATIENCE, 1/(1 - b1))) | (s <= 0).repeat_interleave(J)] = 0
     rank = worth.topk(math.ceil(self.code_fraction*O*J)).indices
-    rank = rank[worth[rank] > 0]
     scale, old, C = s[rank//J, None], layer.codes.view(-1, M)[rank], layer.books()
     far = group['lr']*layer.weight.square().mean().sqrt()*down.shape[1]**.5
     down = down[rank]*(far/down[rank].norm(dim=1, keepdim=True).clamp(min=1e-38))
@@ -236,8 +241,9 @@ def ask(self:SeMIPV, layer, group) -> tuple: # (index of groups [n], their new c
     new = nearest_codes((now + down)/scale, C, old, self.beam, inside)
     move = sum_codewords(new, C)*scale - now
     gain, noise = -(mean[rank]*move).sum(1), ((move @ inside)*move).sum(1)*size[rank]*_spread(b1, n[rank])
-    score = torch.where((new != old).any(1), gain/noise.sqrt().clamp(min=1e-38), 0)
-    return self.admit(rank, new, move, score, (self.trust_ratio*layer.weight).square().sum())
+    other = (new != old).any(1) & (worth[rank] > 0)
+    score = torch.where(other, gain/noise.sqrt().clamp(min=1e-38), -torch.inf)
+    return rank, new, self.admit(move, score, (self.trust_ratio*layer.weight).square().sum())
 
 # %% ../nbs/07_tuning/20_semi_pv.ipynb #c0668077
 def _spread(b1, n):
@@ -245,14 +251,12 @@ def _spread(b1, n):
     return (1 - b1)/(1 + b1)*(1 + b1**n)/(1 - b1**n).clamp(min=1e-12)
 
 @patch
-def admit(self:SeMIPV, rank, new, move, score, limit) -> tuple: # (index of groups, their new codes), or None
+def admit(self:SeMIPV, move, score, limit) -> Tensor: # [n] bool
     "The clearest first, until the layer has moved far enough; one group may go beyond."
     order = score.argsort(descending=True, stable=True)
-    order = order[score[order] >= self.clear]
-    if not len(order): return None
-    before = move[order].square().sum(1).cumsum(0) - move[order].square().sum(1)
-    order = order[before < limit]
-    return rank[order], new[order]
+    far = move[order].square().sum(1)
+    taken = (score[order] >= self.clear) & (far.cumsum(0) - far < limit)
+    return torch.zeros_like(taken).index_copy_(0, order, taken)
 
 # %% ../nbs/07_tuning/20_semi_pv.ipynb #f1966d70
 @patch

@@ -127,15 +127,15 @@ def test_a_jump_stops_at_the_trust_ratio_but_always_admits_one(packed, teacher):
     opt, gen = run.optimizer, torch.Generator().manual_seed(0)
     move = torch.randn(50, 8, generator=gen)
     score = torch.rand(50, generator=gen)*5
-    rank, new = torch.arange(50), torch.randint(0, 8, (50, 2), generator=gen)
-    size = move.square().sum(1)
+    size, clear = move.square().sum(1), score >= opt.clear
     for limit in (1e-6, 20., 1e9):
-        taken, codes = opt.admit(rank, new, move, score, torch.tensor(limit))
-        assert (score[taken] >= opt.clear).all() and torch.equal(codes, new[taken])
-        assert size[taken[:-1]].sum() < limit                                     # all but the last are within
-        assert torch.equal(score[taken], score[taken].sort(descending=True).values)
-    assert len(opt.admit(rank, new, move, score, torch.tensor(1e-6))[0]) == 1
-    assert opt.admit(rank, new, move, 0*score, torch.tensor(1.)) is None
+        taken = opt.admit(move, score, torch.tensor(limit))
+        assert taken.dtype == torch.bool and (score[taken] >= opt.clear).all()
+        assert score[taken].min() >= score[clear & ~taken].max() if (clear & ~taken).any() else taken.equal(clear)
+        last = score.where(taken, torch.tensor(9.)).argmin()
+        assert size[taken].sum() - size[last] < limit                             # all but the last are within
+    assert int(opt.admit(move, score, torch.tensor(1e-6)).sum()) == 1
+    assert not opt.admit(move, 0*score, torch.tensor(1.)).any()
 
 
 @pytest.mark.parametrize('d,M', [(3, 1), (4, 2), (8, 3)])

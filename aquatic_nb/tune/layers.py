@@ -154,8 +154,9 @@ def row_scales(self:TunedLayer) -> Tensor: # [O] float32
 def keep_promise(self:TunedLayer):
     "Shrink int8 codebooks whose sums could leave -127..127, and grow the scales by as much."
     if self.scheme.codebook_dtype != 'int8' or self.integer: return
-    if self.books().abs().amax(1).sum(0).max() <= 127: return
-    shrink = (127 - .5*self.scheme.n_codebooks)/self.codebooks.abs().amax(1).sum(0).max()
+    top = self.codebooks.abs().amax(1).sum(0).max()
+    kept = self.books().abs().amax(1).sum(0).max() <= 127
+    shrink = torch.where(kept, 1., (127 - .5*self.scheme.n_codebooks)/top)   # decided on the device
     self.codebooks.mul_(shrink)
     for layer in self.together: layer.scales.div_(shrink)
 
