@@ -96,7 +96,6 @@ def test_plan_counts_trajectories_as_the_run_does(pipe_folder, tmp_path, capsys,
     monkeypatch.setattr(quant, 'calibration_batches', lambda model, data, n, **kw: asked.append(n) or 1/0)
     code, out, err = aquatic(capsys, 'quantize', pipe_folder, tmp_path/'dst', '--bits', 6)
     assert code == 1 and f'walk: {asked[0]} trajectories' in err
-    assert cli._LARGE == quant._LARGE
 
 @pytest.mark.parametrize('args, says', [
     (['quantize', 'nowhere', 'DST'], 'does not exist'), (['quantize', 'SRC', 'SRC'], '--force'), (['quantize', 'SRC'], 'DST'), (['quantize', 'EMPTY', 'DST'], 'no diffusers model'),
@@ -107,7 +106,7 @@ def test_plan_counts_trajectories_as_the_run_does(pipe_folder, tmp_path, capsys,
     (['quantize', 'SRC/unet', 'DST', '--bits', '6', '--tune', '1'], 'pipeline'), (['quantize', 'SRC', 'DST', '--no-calibration', '--act-bits', '8'], '--no-calibration'),
     (['sample', 'nowhere'], 'does not exist'), (['sample', 'SRC/unet'], 'not a pipeline'), (['sample', 'SRC', '--n', '0'], '--n'), (['sample', 'SRC', '--classes', 'a'], 'numbers'), (['sample', 'SRC', '--out', 'SRC'], 'not empty'),
     (['evaluate', 'SRC', '--n', '2', '--steps', '1'], '--against'), (['info', 'EMPTY'], 'config.json'), (['bench', 'SRC'], 'not packed'), (['bench'], 'SRC is missing'), (['bench', 'SRC', '--peers'], 'leave out'), (['bench', '--peers', '--only', 'nothing', '--out', 'DST'], 'no row is called'), (['convert-ldm4', 'nowhere.ckpt', 'DST'], 'does not exist'),
-    (['demo', '--out', 'SRC'], 'not empty'), (['nonsense'], 'nonsense'), (['quantize', 'SRC', 'DST', '--nonsense'], 'nonsense')], ids=lambda a: ' '.join(a) if isinstance(a, list) else '')
+    (['demo', '--out', 'SRC'], 'not empty'), (['demo', '--out', 'NEW', '--model', 'sd'], "--model 'sd': expected mini-ldm or mini-sd"), (['quantize', 'SRC', 'DST', '--fast', '--best'], 'exclude each other'), (['nonsense'], 'nonsense'), (['quantize', 'SRC', 'DST', '--nonsense'], 'nonsense')], ids=lambda a: ' '.join(a) if isinstance(a, list) else '')
 def test_bad_input(pipe_folder, tmp_path, capsys, args, says):
     (tmp_path/'empty').mkdir(); (tmp_path/'foreign').mkdir(); (tmp_path/'foreign'/'thesis.txt').write_text('mine')
     args = [str(a).replace('SRC', str(pipe_folder)).replace('DST', str(tmp_path/'dst')).replace('EMPTY', str(tmp_path/'empty')).replace('FOREIGN', str(tmp_path/'foreign')) for a in args]
@@ -226,11 +225,11 @@ def test_bars_move(capsys):
     assert err.count('work: silence (0/1') > 5 and 'work: silence (1/1' in err
 
 def test_demo_says_how_long_it_takes():
-    unet = class_pipe().unet
-    few, many = (cli._demo_minutes(unet, n, 2.) for n in (10, 10_000))
+    pipe = class_pipe()
+    few, many = (cli._demo_minutes(pipe, n, 2., 1000) for n in (10, 10_000))
     assert 2 < few and 2 < many
-    said = cli._announcement(dict(bits=2., tune=2.), 200, 7.6)
-    assert '200 images' in said and '2 bits' in said and 'About 8 minutes here' in said and '\n' not in said
+    said = cli._announcement(cli._SHOWN['mini-sd'], dict(bits=2., tune=2.), 200, 7.6)
+    assert '200 images' in said and 'mini_sd' in said and '2 bits' in said and 'About 8 minutes here' in said and '\n' not in said
 
 def test_interrupt_can_be_resumed(packed, pipe_folder, tmp_path, capsys, monkeypatch):
     "Ctrl-C after the third layer: code 130, a message that says how to go on, and the bytes of an unbroken run in the end."
@@ -252,14 +251,33 @@ def test_interrupt_can_be_resumed(packed, pipe_folder, tmp_path, capsys, monkeyp
     files = sorted(packed.rglob('*.safetensors'))
     assert files and all(f.read_bytes() == (tmp_path/'dst'/f.relative_to(packed)).read_bytes() for f in files)
 
+def test_the_model_of_prompts_needs_none_here(tmp_path, capsys):
+    code, out, err = aquatic(capsys, 'sample', 'mini-sd', '--out', tmp_path/'s', '--n', 2, '--steps', 1, '--json')
+    assert code == 0 and len(json.loads(out)['images']) == 2, err[-800:]
+    code, out, err = aquatic(capsys, 'evaluate', 'mini-sd', '--n', 2, '--steps', 1, '--json')
+    assert code == 0 and {'accuracy', 'group', 'retrieval'} <= json.loads(out).keys(), err[-800:]
+    code, out, err = aquatic(capsys, 'sample', 'mini-sd', '--out', tmp_path/'t', '--n', 1, '--steps', 1, '--prompt', 'a lemon')
+    assert code == 0, err[-800:]
+
+@pytest.mark.parametrize('shown', ['_by_class', '_in_pairs'])
+@pytest.mark.parametrize('n', [1, 7, 40])
+def test_pictures_of_the_demo(shown, n, tmp_path):
+    "Any number of images; a picture that is read back, with more than one colour."
+    images = torch.rand(n, 1 if shown == '_by_class' else 3, 16, 16)
+    names = [f'a thing number {i} on a ground' if shown == '_in_pairs' else 'ABC'[i % 3] for i in range(n)]
+    getattr(cli, shown)(images, images.flip(0), names, tmp_path/'p.png')
+    from PIL import Image
+    with Image.open(tmp_path/'p.png') as found: assert min(found.size) > 80 and len(found.getcolors(10**7)) > 20
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_demo(tmp_path, capsys):
-    code, out, err = aquatic(capsys, 'demo', '--out', tmp_path/'demo', '--n', 40, '--json')
+@pytest.mark.parametrize('model', ['mini-ldm', 'mini-sd'])
+def test_demo(model, tmp_path, capsys):
+    code, out, err = aquatic(capsys, 'demo', '--model', model, '--out', tmp_path/'demo', '--n', 40, '--json')
     assert code == 0, err[-2000:]
     found = json.loads(out)
     assert 'minutes here' in err and found['estimated_minutes'] > 2
-    assert found['bits_quantized'] <= 2.2 and found['psnr_db'] > 30 and found['file_bytes'] < found['file_bytes_original']/5
+    assert found['bits_quantized'] <= 2.2 and found['psnr_db'] > (30 if model == 'mini-ldm' else 12) and found['file_bytes'] < found['file_bytes_original']/5
     assert {o.name for o in (tmp_path/'demo').iterdir()} == {'model', 'report.md', 'report.csv', 'side_by_side.png'}
     code, out, err = aquatic(capsys, 'sample', tmp_path/'demo'/'model', '--out', tmp_path/'s', '--n', 1, '--steps', 1)
     assert code == 0, err
