@@ -258,8 +258,8 @@ class Run:
     progress:bool=True         # show bars
     spread:Alone=field(default_factory=Alone) # the processes of the run
 
-    def bar(self, iterable=None, total=None, desc=''): # a bar, or a quiet one
-        return progress_bar(iterable, total, desc, not self.progress)
+    def bar(self, iterable=None, total=None, desc='', cost=None): # a bar, or a quiet one
+        return progress_bar(iterable, total, desc, not self.progress, cost)
 
 # %% ../nbs/02_models/03_core.ipynb #37ece561
 class MovingAverage:
@@ -289,7 +289,8 @@ class MovingAverage:
 # %% ../nbs/02_models/03_core.ipynb #1d3178aa
 class _Bar(tqdm):
     "A bar that is drawn anew every other second, so that it shows that work goes on between two updates."
-    def __init__(self, *args, every=2., **kwargs):
+    def __init__(self, *args, every=2., cost=None, **kwargs):
+        self.cost, self.spent = cost, 0.
         super().__init__(*args, **kwargs)
         self.over = threading.Event()
         if self.disable: return
@@ -299,6 +300,22 @@ class _Bar(tqdm):
     def close(self):
         if hasattr(self, 'over'): self.over.set()
         super().close()
+
+    def worked(self, cost, n=1): # a step that cost so much of the whole
+        self.spent += cost
+        self.update(n)
+
+    def skipped(self, cost, n=1): # steps that were there already, and took no time
+        if self.cost is not None: self.cost -= cost
+        self.update(n)
+
+    @property
+    def format_dict(self):
+        "The rate at which the time that is left comes out by cost, where steps differ in it."
+        d, left = super().format_dict, (self.total or 0) - self.n
+        if self.cost is None or not self.spent or left <= 0: return d
+        seconds = d['elapsed']*max(0., self.cost - self.spent)/self.spent
+        return d | dict(rate=left/max(seconds, 1e-9))
 
 def _beat(bar, over, every):
     while not over.wait(every) and (now := bar()) is not None:
@@ -310,10 +327,11 @@ def progress_bar(
     total:int|None=None, # number of steps, where `len(iterable)` does not tell
     desc:str='', # what is being done
     disable:bool=False, # say nothing
+    cost:float|None=None, # of all steps, where they differ; then `.worked(cost)` moves the bar
 ) -> tqdm: # iterates over `iterable`, or a bar with `.update()` and `.close()`
     "A progress bar with the time that remains; its clock moves while one step takes long."
     return _Bar(iterable, total=total, desc=desc, disable=disable, file=sys.stderr, dynamic_ncols=True,
-                mininterval=.5)
+                mininterval=.5, cost=cost)
 
 # %% ../nbs/02_models/03_core.ipynb #2f1d9126
 def _cpu_model() -> str:

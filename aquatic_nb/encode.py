@@ -541,6 +541,14 @@ def _descend(st, beam, sweeps, tolerance, refit, triangle=None):
     st.scales = _to_half(st.scales)
     return _ready(st, 'storage')
 
+# %% ../nbs/03_encoder/11_encode.ipynb #818aa4eb
+def work_of(
+    O:int, # rows
+    N:int, # inputs of a row
+) -> float:
+    "What encoding a layer costs, up to a factor: a search in each group, and products with H."
+    return O*N*(1 + N/4_000)
+
 # %% ../nbs/03_encoder/11_encode.ipynb #e4063b77
 def encode_rows(
     W:Tensor,            # [O, N] weight rows

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .aq import Scheme, parse_scheme, stored_bytes
 from .calib import execution_order, input_moments, moment_bytes, waves
 from .core import Run, digest, in_order, single_thread, write_atomic
-from .encode import Unstorable, encode_rows, share_codebooks, start, triangle_of
+from .encode import Unstorable, encode_rows, share_codebooks, start, triangle_of, work_of
 from .kaq import by_output, layer_kind, natural_group_size, packable, weight_shape, weighty
 from .knapsack import allocate, bits_to_bytes, check_table, price, table_mark
 from .menu import effective_bits, menu, share_sets, shared_menu
@@ -43,7 +43,7 @@ def _anchors(options, n=3):
     return list(dict.fromkeys([aq[0]] + [min(aq, key=lambda o: abs(effective_bits(o) - v)) for v in at]))
 
 def _measured(anchors, thorough=False):
-    "Those whose damage is measured: the two in the middle, or all where they are fewer or it may take longer."
+    "Those whose damage is measured: the two in the middle; all where they are fewer, or it may take longer."
     return anchors if thorough or len(anchors) < 4 else anchors[1:3]
 
 # %% ../nbs/05_bits/17_laq.ipynb #d2189aa3
@@ -211,6 +211,14 @@ def with_dense(
                  encoded=False, damage=0., model=table.model.iloc[0]) for n, m in rest.items()]
     return pd.concat([table, pd.DataFrame(rows)], ignore_index=True) if rows else table
 
+# %% ../nbs/05_bits/17_laq.ipynb #523b4863
+def layer_costs(
+    layers:dict, # name -> module
+) -> dict:       # name -> share of the time, sum 1
+    "What layers cost to encode, for a bar: most of it by their size, some by being a layer at all."
+    work = {n: work_of(len(w), w[0].numel()) for n, w in ((n, by_output(m)) for n, m in layers.items())}
+    return {n: .3/len(work) + .7*v/max(sum(work.values()), 1e-9) for n, v in work.items()}
+
 # %% ../nbs/05_bits/17_laq.ipynb #d443960a
 class _Analysis:
     "The analysis of one model, wave by wave."
@@ -247,12 +255,13 @@ def table(self:_Analysis, cheap, work_dir):
     if not todo: return _ordered(table, self.names)
     self.probe = Probe(self.model, self.points, every=2 if self.thorough else 4)
     self.gains = row_gains(self.probe, self.order, seed=self.run.seed)
-    with self.run.bar(total=len(todo), desc='sensitivity') as bar:
+    cost = layer_costs({n: self.layers[n] for n in todo})
+    with self.run.bar(total=len(todo), desc='sensitivity', cost=1.) as bar:
         for rows in self.rows(todo, cheap):
             new = pd.DataFrame(rows).assign(model=self.mark)
             table = new if table.empty else pd.concat([table, new], ignore_index=True)
             if path is not None: write_atomic(path, table.to_csv(index=False).encode())
-            bar.update(new.layer.nunique())
+            bar.worked(sum(cost[n] for n in new.layer.unique()), new.layer.nunique())
     return _ordered(table, self.names)
 
 # %% ../nbs/05_bits/17_laq.ipynb #bb31107e

@@ -28,7 +28,7 @@ from .core import Run, digest, write_atomic
 from .encode import Unstorable, encode_rows, relative_error, storable, to_aq
 from .kaq import (by_output, catalogue, from_output, layer_kind, natural_group_size,
                             packable, weight_shape, weighty, why_dense)
-from .laq import learn_shared
+from .laq import layer_costs, learn_shared
 from .layers import AQLayer, from_aq, packed_layers, stored_sizes, swap
 from .menu import effective_bits
 from .walk import as_calls
@@ -254,8 +254,8 @@ def wave(self:_Encoding, student, wave, keys, bar):
     for n, result in zip(todo, run.spread.share(one, todo, run.workers)):
         if result is not None: self.work.put(n, *result, keys[n])
         ready[n] = result
-        bar.update()
-    bar.update(len(wave) - len(todo))
+        bar.worked(self.cost[n])
+    bar.skipped(sum(self.cost[n] for n in wave if n not in todo), len(wave) - len(todo))
     self.done |= {n: found for n, found in ready.items() if found is not None}
 
 # %% ../nbs/06_packing/18_pack.ipynb #8acdaf3b
@@ -280,7 +280,8 @@ def encode_model(
     enc.books = run.spread.once(lambda: enc.work.shared(schemes, digest(base, shares, worth), learn))
     plan = enc.waves(n_waves)
     student = copy.deepcopy(model) if enc.sequential else model
-    with run.bar(total=sum(map(len, plan)), desc='encoding layers') as bar:
+    enc.cost = layer_costs({n: enc.layers[n] for wave in plan for n in wave})
+    with run.bar(total=len(enc.cost), desc='encoding layers', cost=sum(enc.cost.values())) as bar:
         for wave in plan:
             keys = {n: digest(base, n, str(schemes[n]), shares if schemes[n].share else None) for n in wave}
             enc.wave(student, wave, keys, bar)

@@ -24,7 +24,7 @@ from .act import attach_act
 from .aq import Scheme, stored_bytes
 from .calib import calibration_batches
 from .core import Alone, Run, digest, generator, single_thread, work_lock
-from .encode import encode_rows
+from .encode import encode_rows, work_of
 from .kaq import by_output, layer_kind, match_layers, packable, weight_shape, why_dense
 from .knapsack import allocate, bits_to_bytes
 from .laq import sensitivity, worth_of
@@ -280,8 +280,6 @@ def choose(self:_Job, calls):
     return choice, worth_of(table, choice)
 
 # %% ../nbs/09_door/24_quant.ipynb #ed0816c9
-_BEND = 4_000 # inputs of a layer beyond which products with H cost more than the search
-
 def _row_seconds(model, calls):
     "Seconds of a row of the model in a batch, the best of three."
     call, times = merge(list(calls[:8]), 32)[0][0], []
@@ -299,8 +297,7 @@ def _encode_seconds(beam, sweeps):
             start = time.perf_counter()
             encode_rows(W, H, Scheme(2, 8, 9), beam, sweeps)
             times.append(time.perf_counter() - start)
-    size = lambda O, N: O*N*(1 + N/_BEND)
-    return lambda O, N: times[-1]*size(O, N)/size(64, 576)
+    return lambda O, N: times[-1]*work_of(O, N)/work_of(64, 576)
 
 # %% ../nbs/09_door/24_quant.ipynb #20ea1418
 @patch
