@@ -280,17 +280,17 @@ def choose_buckets(
 # %% ../nbs/04_layers/13_act.ipynb #d184b31c
 class InputWatch:
     "Samples of one layer's inputs, by timestep bucket."
+    now = None # times of the call, on the host; None: `current_timestep`
     def __init__(self, name, timesteps, split, generator, keep=512, extremes=24, calls=4):
         self.name, self.timesteps, self.split, self.generator = name, timesteps, split, generator
         self.keep, self.extremes, self.calls, self.parts, self.ends = keep, extremes, calls, {}, {}
-        self.now = None # times of the call, on the host; None: ask `current_timestep`
 
     def __call__(self, layer, args):
         x, t = args[0].detach().float(), current_timestep() if self.now is None else self.now
         if not torch.isfinite(x).all():
+            at = t if t is None else t.tolist()
             raise ValueError(f'layer {self.name!r}: its calibration input holds NaN or infinity (timestep '
-                             f'{t if t is None else t.tolist()}); check the weights and the calibration '
-                             f'batches')
+                             f'{at}); check the weights and the calibration batches')
         timed = t is not None and len(self.timesteps) > 1
         bucket = nearest_bucket(t, self.timesteps) if timed else torch.zeros(1, dtype=torch.long)
         if len(bucket) != len(x): bucket = bucket.repeat_interleave(len(x)//len(bucket))
@@ -301,12 +301,13 @@ class InputWatch:
             rows = (bucket == b).nonzero().flatten().to(x.device)
             for h, part in enumerate(halves): self.add((b, h), part[rows].flatten())
 
-    def add(self, key, v):
-        ends = torch.stack([v.min().clamp(max=0), v.max().clamp(min=0)])
-        old = self.ends.get(key, ends)
-        self.ends[key] = torch.stack([torch.minimum(old[0], ends[0]), torch.maximum(old[1], ends[1])])
-        parts = self.parts.setdefault(key, [])
-        if len(parts) < self.calls: parts.append(sample_values(v, self.keep, self.extremes, self.generator))
+# %% ../nbs/04_layers/13_act.ipynb #5a02e0de
+@patch
+def add(self:InputWatch, key, v):
+    ends = torch.stack([v.min().clamp(max=0), -v.max().clamp(min=0)])
+    self.ends[key] = torch.minimum(self.ends.get(key, ends), ends)  # the smallest, minus the largest
+    parts = self.parts.setdefault(key, [])
+    if len(parts) < self.calls: parts.append(sample_values(v, self.keep, self.extremes, self.generator))
 
 # %% ../nbs/04_layers/13_act.ipynb #604e7d12
 @patch
@@ -314,7 +315,8 @@ def seen(self:InputWatch)->dict: # (bucket, half) -> values, weights, [smallest,
     "What was watched; one copy from the device for all of it."
     parts = [t for k in self.parts for t in (*map(torch.cat, zip(*self.parts[k])), self.ends[k])]
     host = iter(torch.cat(parts).cpu().split([len(t) for t in parts])) if parts else iter(())
-    return {k: (next(host), next(host), next(host).tolist()) for k in self.parts}
+    ends = lambda low, high: (low, -high)
+    return {k: (next(host), next(host), ends(*next(host).tolist())) for k in self.parts}
 
 # %% ../nbs/04_layers/13_act.ipynb #d633766d
 def fit_act(

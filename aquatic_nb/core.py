@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from fastcore.basics import patch
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -301,22 +302,6 @@ class _Bar(tqdm):
         if hasattr(self, 'over'): self.over.set()
         super().close()
 
-    def worked(self, cost, n=1): # a step that cost so much of the whole
-        self.spent += cost
-        self.update(n)
-
-    def skipped(self, cost, n=1): # steps that were there already, and took no time
-        if self.cost is not None: self.cost -= cost
-        self.update(n)
-
-    @property
-    def format_dict(self):
-        "The rate at which the time that is left comes out by cost, where steps differ in it."
-        d, left = super().format_dict, (self.total or 0) - self.n
-        if self.cost is None or not self.spent or left <= 0: return d
-        seconds = d['elapsed']*max(0., self.cost - self.spent)/self.spent
-        return d | dict(rate=left/max(seconds, 1e-9))
-
 def _beat(bar, over, every):
     while not over.wait(every) and (now := bar()) is not None:
         if not now.disable: now.refresh()
@@ -332,6 +317,25 @@ def progress_bar(
     "A progress bar with the time that remains; its clock moves while one step takes long."
     return _Bar(iterable, total=total, desc=desc, disable=disable, file=sys.stderr, dynamic_ncols=True,
                 mininterval=.5, cost=cost)
+
+# %% ../nbs/02_models/03_core.ipynb #291fd992
+@patch
+def worked(self:_Bar, cost, n=1): # a step that cost so much of the whole
+    self.spent += cost
+    self.update(n)
+
+@patch
+def skipped(self:_Bar, cost, n=1): # steps that were there already, and took no time
+    if self.cost is not None: self.cost -= cost
+    self.update(n)
+
+@patch(as_prop=True)
+def format_dict(self:_Bar):
+    "The rate at which the time that is left comes out by cost, where steps differ in it."
+    d, left = tqdm.format_dict.fget(self), (self.total or 0) - self.n
+    if self.cost is None or not self.spent or left <= 0: return d
+    seconds = d['elapsed']*max(0., self.cost - self.spent)/self.spent
+    return d | dict(rate=left/max(seconds, 1e-9))
 
 # %% ../nbs/02_models/03_core.ipynb #2f1d9126
 def _cpu_model() -> str:

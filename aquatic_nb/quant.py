@@ -322,6 +322,7 @@ def expected(self:_Job, calls, s): # stage -> seconds; s: the settings, or other
     if minutes: out['tuning'] = 60*minutes
     return out
 
+# %% ../nbs/09_door/24_quant.ipynb #52917894
 @patch
 def announce(self:_Job, calls):
     "Say how long it will take, and what would be faster."

@@ -495,8 +495,8 @@ class Tuner:
         for g in groups:
             for p in g['params']: p.requires_grad_(True)
         by_loop = c.selector in ('A', 'random')
-        keep = {k: getattr(c, k) for k in ('tau', 'code_every', 'code_fraction', 'trust_ratio', 'integer_codes',
-                                        'clear')}
+        names = 'tau', 'code_every', 'code_fraction', 'trust_ratio', 'integer_codes', 'clear'
+        keep = {k: getattr(c, k) for k in names}
         keep['state_dtype'] = torch.bfloat16 if c.bf16_state else None
         self.optimizer = SeMIPV(groups, self.layers, None if by_loop else c.selector, **keep)
         self.mean = MovingAverage([p for g in groups if g['role'] != 'codes' for p in g['params']], c.ema)
