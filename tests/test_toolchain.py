@@ -131,7 +131,7 @@ def test_sizes():
     total = sum(o.stat().st_size for o in nbs.rglob('*') if o.is_file() and not o.name.endswith('.failed'))
     assert total <= 6 * 2**20, f'nbs/ holds {total/2**20:.1f} MiB'
     assets = sum(o.stat().st_size for o in (lib/'assets').rglob('*') if o.is_file())
-    assert assets <= 36 * 2**20, f'assets hold {assets/2**20:.1f} MiB'
+    assert assets <= 36 * 2**20 + 30e6, f'assets hold {assets/2**20:.1f} MiB'
 
 def public(name):
     "Functions and classes that a module lists as its own."
