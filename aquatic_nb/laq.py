@@ -214,10 +214,11 @@ def with_dense(
 # %% ../nbs/05_bits/17_laq.ipynb #523b4863
 def layer_costs(
     layers:dict, # name -> module
+    equal=.3,    # of the time, shared equally: rows through the model; the rest goes by what encoding costs
 ) -> dict:       # name -> share of the time, sum 1
-    "What layers cost to encode, for a bar: most of it by their size, some by being a layer at all."
+    "What layers cost, for a bar."
     work = {n: work_of(len(w), w[0].numel()) for n, w in ((n, by_output(m)) for n, m in layers.items())}
-    return {n: .3/len(work) + .7*v/max(sum(work.values()), 1e-9) for n, v in work.items()}
+    return {n: equal/len(work) + (1 - equal)*v/max(sum(work.values()), 1e-9) for n, v in work.items()}
 
 # %% ../nbs/05_bits/17_laq.ipynb #d443960a
 class _Analysis:
@@ -255,7 +256,7 @@ def table(self:_Analysis, cheap, work_dir):
     if not todo: return _ordered(table, self.names)
     self.probe = Probe(self.model, self.points, every=2 if self.thorough else 4)
     self.gains = row_gains(self.probe, self.order, seed=self.run.seed)
-    cost = layer_costs({n: self.layers[n] for n in todo})
+    cost = layer_costs({n: self.layers[n] for n in todo}, .6)
     with self.run.bar(total=len(todo), desc='sensitivity', cost=1.) as bar:
         for rows in self.rows(todo, cheap):
             new = pd.DataFrame(rows).assign(model=self.mark)
