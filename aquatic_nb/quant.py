@@ -97,7 +97,7 @@ def check_bits(
 _all_ = ['quant_report', 'TuneConfig'] # part of this door, too
 _PER_STEP = 24   # samples of a step of the walk that layers are calibrated on
 _LARGE = 100_000_000 # parameters from which on a model is treated as a large one
-_PRESETS = dict(fast=dict(beam=4, sweeps=1, sequential=False, n_calibration=32, measure='cheap'),
+_PRESETS = dict(fast=dict(beam=4, sweeps=1, sequential='auto', n_calibration=32, measure='cheap'),
                default=dict(beam=8, sweeps=3, sequential='auto', n_calibration=64, measure=None),
                best=dict(beam=16, sweeps=8, sequential='auto', n_calibration=128, measure='thorough'))
 
@@ -175,7 +175,6 @@ def quantize(
     beam:int=None,           # partial sums kept in the code search; None: 8 (fast: 4, best: 16)
     sweeps:int=None,         # rounds of codes, codebooks, scales; None: 3 (fast: 1, best: 8)
     sequential=None,         # inputs behind the quantized prefix; None: up to 100M parameters, or on a GPU
-                             # (fast: never)
     codebook_dtype='int8',   # 'int8' or 'fp16'
     tune=None,               # minutes of distillation, or a `TuneConfig`; needs a pipeline as calibration
     seed:int=0,              # same seed, same bytes

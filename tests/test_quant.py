@@ -153,7 +153,7 @@ def test_layers_that_never_run_and_models_of_another_kind():
 def test_presets_fill_what_was_not_given(dense):
     fast, default, best = (preset_settings(o, 10) for o in ('fast', 'default', 'best'))
     for name in ('beam', 'sweeps', 'n_calibration'): assert fast[name] < default[name] < best[name]
-    assert fast['sequential'] is False
+    assert fast['sequential'] == 'auto'
     assert preset_settings('fast', 10, beam=5, sequential=True) == fast | dict(beam=5, sequential=True)
     assert preset_settings('default', 10**9)['n_calibration'] == default['n_calibration']//4
     with pytest.raises(ValueError, match="preset='quick', expected one of 'fast', 'default', 'best'"):
