@@ -684,7 +684,7 @@ class _Shown:
         if self.guidance is None: return {}
         return dict(calibration_prompts=aquatic_nb.zoo.emoji_prompts(267, seed=1)[0])
 
-_SHOWN = {'mini-ldm': _Shown('mini_ldm', None, 55_000), 'mini-sd': _Shown('mini_sd', 4., 45_000)}
+_SHOWN = {'mini-ldm': _Shown('mini_ldm', None, 55_000), 'mini-sd': _Shown('mini_sd', 2., 45_000)}
 
 # %% ../nbs/12_command/41_cli.ipynb #6f2c359f
 def _row_seconds(pipe):

@@ -248,11 +248,13 @@ def stages(self:_Job):
     few = None if calls is None else thinned(calls, _PER_STEP)
     done = encode_model(model, schemes, few, dict(beam=s.beam, sweeps=s.sweeps), self.work, s.sequential,
                         worth=worth, run=run)
-    dense = None if s.tune is None else copy.deepcopy(model).requires_grad_(False)
+    if s.tune is not None: # while the pipeline still holds the dense model
+        weights = timestep_weights(model, split_points(calls)[1], .5)
+        dense = copy.deepcopy(model).requires_grad_(False)
     pack(model, done)
     inner = [n for n in packed_layers(model) if n not in ('conv_in', 'conv_out')]
     if s.act_bits is not None: attach_act(model, s.act_bits, few, layers=inner, seed=s.seed)
-    if dense is not None: self.tune(dense, calls)
+    if s.tune is not None: self.tune(dense, weights)
     for finish in FINISH: finish(model, s.bits)
 
 # %% ../nbs/09_door/24_quant.ipynb #14bebd5c
@@ -339,10 +341,9 @@ def announce(self:_Job, calls):
 
 # %% ../nbs/09_door/24_quant.ipynb #16893826
 @patch
-def tune(self:_Job, dense, calls):
+def tune(self:_Job, dense, weights):
     "Distillation from the model as it was; its checkpoint lies in the work folder."
     checkpoint = None if self.work.path is None else self.work.path/'tuning.pt'
-    weights = timestep_weights(dense, split_points(calls)[1], .5)
     near = self.settings.guidance_scale                           # tuned around it, where it was given
     more = dict(prompts=self.sources['prompts'], seed=self.settings.seed, checkpoint=checkpoint,
                 guidance_scale=None if near is None else (max(1., near/2), max(1., 1.5*near)))

@@ -7,7 +7,10 @@ import torch
 from aquatic_nb import zoo
 from aquatic_nb.core import generator # before diffusers, which wants torchvision's operators
 from aquatic_nb.eval.samples import compare, sample_images
+from aquatic_nb.layers import packed_layers
 from aquatic_nb.models.mini_sd import caption_of, emoji_set, make_tokenizer, place_emoji
+from aquatic_nb.quant import quantize_unet
+from aquatic_nb.tune.distill import TuneConfig
 from diffusers import EulerDiscreteScheduler, StableDiffusionImg2ImgPipeline # noqa: E402
 
 
@@ -126,3 +129,19 @@ def test_lists_of_prompts_go_in_turn(pipe):
     images = sample_images(pipe, 3, 2, 4., prompt=texts)
     assert images[:2].equal(sample_images(pipe, 2, 2, 4., prompt=texts)) and not images[0].equal(images[2])
     with pytest.raises(ValueError, match='needs a prompt'): sample_images(pipe, 1, 2, prompt=[])
+
+
+def test_a_pipeline_with_prompts_is_tuned(tmp_path):
+    "Worth of the steps by the pipeline itself, then distillation on its walks; saved, and opened again."
+    own = zoo.load_mini_sd()
+    own.set_progress_bar_config(disable=True)
+    overrides = {'mid_block*': (2, 4), '*': 8}                            # the first pattern that fits; whole numbers are quick
+    texts, how = ['a red apple', 'a lemon on a blue background'], TuneConfig(steps=3, batch=4, held_every=2, warmup=1)
+    quantize_unet(own.unet, 9, calibration=own, calibration_prompts=texts, calibration_kwargs=dict(num_inference_steps=3), guidance_scale=2.,
+                  n_calibration=4, laq=False, overrides=overrides, beam=1, sweeps=1, tune=how, progress=False)
+    assert packed_layers(own.unet)
+    images = draw(own, texts, 2)
+    own.save_pretrained(tmp_path/'small')
+    again = type(own).from_pretrained(tmp_path/'small', safety_checker=None)
+    again.set_progress_bar_config(disable=True)
+    assert draw(again, texts, 2).equal(images)

@@ -258,7 +258,8 @@ It is not made to be used for anything else.
 # %% ../../nbs/02_models/09_mini_sd.ipynb #bf1c2238
 _CARD_END = """**Data.** Noto Color Emoji (Google, github.com/googlefonts/noto-emoji) as in Debian's package \
 `fonts-noto-color-emoji`: the fonts under the SIL Open Font License 1.1, images and tools under Apache-2.0; \
-copyright 2013-2017 Google Inc. and Arjen Nienhuis. Words of our own, after the names in Unicode.
+copyright 2013-2017 Google Inc. and Arjen Nienhuis (`LICENSE-noto-emoji.txt`). \
+Words of our own, after the names in Unicode.
 **Licence of the weights.** Apache-2.0, as the package.
 **Recipe.** `nbs/02_models/09_mini_sd.ipynb`: one CPU core, bfloat16 autocast.
 **Storage.** Half precision; computed in single precision.
