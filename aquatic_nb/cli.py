@@ -213,8 +213,10 @@ _Trajectories = _option(Optional[int], 'Calibration trajectories; 64, or 16 for 
                         'parameters.', min=1)
 _WalkGuidance = _option(Optional[float], 'Guidance scale of the calibration; what suits the pipeline where '
                         'not given.')
-_Fast = _option(bool, 'Less than half the time, and about a decibel.', '--fast')
-_Best = _option(bool, 'More than twice the time, for the last decibel.', '--best')
+_Fast = _option(bool, 'Estimates in place of measurements, one round of encoding: less time, some decibels.',
+                '--fast')
+_Best = _option(bool, 'More measurements, a wider and longer search: half as much time again, for a decibel.',
+                '--best')
 _Prompts = _option(Optional[Path], "Texts to calibrate with, a UTF-8 file, one a line; the package's own "
                    'where not given.')
 
