@@ -726,7 +726,7 @@ def _run_demo(out, shown, settings, n):
         small = stage('sample quantized', lambda: draw(packed, 'quantized'))
     shutil.rmtree(out/'work', ignore_errors=True)
     found = dict(_judge(small, labels, images), seconds=seconds, estimated_minutes=round(minutes, 1),
-                 **_sizes(out, shown, packed, ram), machine=machine(), model=shown.name, settings=settings)
+                 **_sizes(out, shown, packed, ram), machine=machine(), shipped=shown.name, settings=settings)
     show = _by_class if shown.guidance is None else _in_pairs
     picture = lambda path: show(images, small, names, path)
     return _write_demo(out, found, quant.quant_report(pipe.unet), picture)

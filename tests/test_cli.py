@@ -276,7 +276,7 @@ def test_demo(model, tmp_path, capsys):
     code, out, err = aquatic(capsys, 'demo', '--model', model, '--out', tmp_path/'demo', '--n', 40, '--json')
     assert code == 0, err[-2000:]
     found = json.loads(out)
-    assert 'minutes here' in err and found['estimated_minutes'] > 2
+    assert 'minutes here' in err and found['estimated_minutes'] > 2 and Path(found['model']).is_dir()
     assert found['bits_quantized'] <= 2.2 and found['psnr_db'] > (30 if model == 'mini-ldm' else 12) and found['file_bytes'] < found['file_bytes_original']/5
     assert {o.name for o in (tmp_path/'demo').iterdir()} == {'model', 'report.md', 'report.csv', 'side_by_side.png'}
     code, out, err = aquatic(capsys, 'sample', tmp_path/'demo'/'model', '--out', tmp_path/'s', '--n', 1, '--steps', 1)
