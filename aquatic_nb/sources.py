@@ -166,7 +166,8 @@ def load_pipeline(
     cls = aquatic_nb.zoo.ClassConditionalLDMPipeline if ours else DiffusionPipeline
     aquatic_nb.format.StoredModel(aquatic_nb.format.weight_files(source.model_path, source.variant))
     options = dict(variant=source.variant, local_files_only=True, use_safetensors=True)
-    pipe = cls.from_pretrained(source.path, **options)
+    # one dtype for all parts: transformers keeps that of the file where diffusers computes in float32
+    pipe = cls.from_pretrained(source.path, torch_dtype=torch.float32, **options)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
