@@ -145,6 +145,7 @@ def _check_arguments(s, calibration):
 def preset_settings(
     preset:str, # 'fast', 'default' or 'best'
     size:int,   # parameters of the model
+    home='cpu', # where it computes
     **given,    # what was given; None: as the preset has it
 ) -> dict:      # beam, sweeps, sequential, n_calibration, measure
     "Settings of a preset where none were given; a large model is calibrated on fewer trajectories."
@@ -153,8 +154,15 @@ def preset_settings(
     how = dict(_PRESETS[preset])
     if size > _LARGE: how['n_calibration'] //= 4
     how |= {k: v for k, v in given.items() if v is not None}
-    if how['sequential'] != 'auto': how['sequential'] = bool(how['sequential'])
-    return how
+    if how['sequential'] == 'auto': how['sequential'] = size <= _LARGE or 'cuda' in home
+    return how | dict(sequential=bool(how['sequential']))
+
+def _fixed(model, layers, overrides):
+    "Layers that are not for the plan to choose: what was set by hand, and what no scheme can hold."
+    fixed, stay = match_layers(overrides, {n: weight_shape(m) for n, m in layers.items()}), weights_of(model).stay
+    left = [n for n in stay if n in layers and fixed.get(n) != 'dense']
+    if left: warnings.warn(f'layer {left[0]!r} stays dense: {stay[left[0]]} ({len(left)} such)')
+    return fixed | dict.fromkeys(left, 'dense')
 
 # %% ../nbs/09_door/24_quant.ipynb #aca17bde
 def quantize(
@@ -165,10 +173,8 @@ def quantize(
     calibration='auto',      # list of inputs, function that runs it, pipeline that holds it, 'auto', or None
     calibration_prompts:list=None, # texts for pipelines that take them; None: the package's own
     calibration_kwargs:dict=None,  # further arguments of the pipeline, e.g. an image
-    n_calibration:int=None,  # calibration trajectories; None: 64 (fast: 32, best: 128), of models of more
-                             # than 100M parameters a quarter
-    guidance_scale=None,     # of the walk; None: 3 for class-conditional pipelines, else the pipeline's own;
-                             # tuning then draws from half to one and a half of it
+    n_calibration:int=None,  # calibration trajectories; None: 64 (fast: 32, best: 128), large models a quarter
+    guidance_scale=None,     # of the walk, and about that of tuning; None: 3 with classes, else the pipeline's
     overrides:dict=None,     # pattern -> 'dense', a Scheme or its text, (M, B), or integer bits 1..8
     laq=True,                # True: layers get what they bear; False: the uniform setting
     preset:str='default',    # 'fast', 'default' or 'best': what is not given below, and how LAQ measures
@@ -188,20 +194,14 @@ def quantize(
     "Quantize a model in place to `bits` stored bits a weight."
     layers, size = _check_model(model), sum(p.numel() for p in model.parameters())
     home = str(device or next(model.parameters()).device)
-    how = preset_settings(preset, size, beam=beam, sweeps=sweeps, n_calibration=n_calibration,
+    how = preset_settings(preset, size, home, beam=beam, sweeps=sweeps, n_calibration=n_calibration,
                           sequential=None if sequential == 'auto' else sequential)
-    if how['sequential'] == 'auto': how['sequential'] = size <= _LARGE or 'cuda' in home
     s = _Settings(bits=bits, laq=bool(laq), guidance_scale=guidance_scale, codebook_dtype=codebook_dtype,
                   act_bits=act_bits, tune=tune, seed=seed, memory=memory, **how)
     _check_arguments(s, calibration)
     for check in CHECK: check(model)
-    fixed = match_layers(overrides, {n: weight_shape(m) for n, m in layers.items()})
-    stay = weights_of(model).stay
-    left = [n for n in stay if n in layers and fixed.get(n) != 'dense']
-    if left: warnings.warn(f'layer {left[0]!r} stays dense: {stay[left[0]]} ({len(left)} such)')
-    job = _Job(model, s, calibration, fixed | dict.fromkeys(left, 'dense'),
-               dict(prompts=calibration_prompts, kwargs=calibration_kwargs),
-               Run(seed, workers, memory, progress, spread or Alone()))
+    sources, run = dict(prompts=calibration_prompts, kwargs=calibration_kwargs), (seed, workers, memory, progress)
+    job = _Job(model, s, calibration, _fixed(model, layers, overrides), sources, Run(*run, spread or Alone()))
     return job.run(work_dir, device)
 
 # %% ../nbs/09_door/24_quant.ipynb #1981112e

@@ -31,6 +31,7 @@ def test_shipped_files():
     files = [p for p in root.rglob('*') if p.is_file()]
     assert sum(p.stat().st_size for p in files) <= 30e6
     assert not [p for p in files if p.suffix in ('.pt', '.pkl', '.bin', '.ckpt')]
+    assert not [p for p in files if p.suffix == '.json' and '_name_or_path": "/' in p.read_text(encoding='utf-8')] # no machine's paths
     card = (root/'model_card.md').read_text(encoding='utf-8')
     for word in ('SIL Open Font License', 'Apache-2.0', 'Recipe', 'Measured', 'retrieval', 'Limits'): assert word in card
 

@@ -153,7 +153,7 @@ def test_layers_that_never_run_and_models_of_another_kind():
 def test_presets_fill_what_was_not_given(dense):
     fast, default, best = (preset_settings(o, 10) for o in ('fast', 'default', 'best'))
     for name in ('beam', 'sweeps', 'n_calibration'): assert fast[name] < default[name] < best[name]
-    assert fast['sequential'] == 'auto'
+    assert fast['sequential'] and not preset_settings('default', 10**9)['sequential'] and preset_settings('default', 10**9, 'cuda:0')['sequential']
     assert preset_settings('fast', 10, beam=5, sequential=True) == fast | dict(beam=5, sequential=True)
     assert preset_settings('default', 10**9)['n_calibration'] == default['n_calibration']//4
     with pytest.raises(ValueError, match="preset='quick', expected one of 'fast', 'default', 'best'"):
@@ -172,7 +172,7 @@ def test_presets_keep_to_the_bits_and_resume(dense, batches, preset, tmp_path):
 
 def job_of(dense, batches, **kw):
     how = preset_settings('default', 10, **kw)
-    how['sequential'] = how['sequential'] == 'auto'
+
     s = quant._Settings(bits=2, laq=True, guidance_scale=None, codebook_dtype='int8', act_bits=None, tune=None, seed=0, memory=2**32, **how)
     return quant._Job(dense, s, batches, {}, {}, core.Run())
 

@@ -7,6 +7,7 @@ __all__ = ['place_emoji', 'emoji_set', 'train_mini_sd', 'export_mini_sd']
 
 # %% ../../nbs/02_models/09_mini_sd.ipynb #f0ffbb29
 import json
+import re
 from pathlib import Path
 
 # before diffusers, for torchvision
@@ -234,6 +235,9 @@ def export_mini_sd(
     judge = Averaged(MiniClassifier(24, len(emoji_concepts()), 3))
     judge.load_state_dict(torch.load(Path(runs)/'sd_judge.pt', weights_only=True)['average'])
     save_file(half_of(judge.module.state_dict()), dst/'judge.safetensors')
+    for file in dst.rglob('*.json'): # where it was made is nobody's business
+        text = file.read_text(encoding='utf-8')
+        file.write_text(re.sub(r'\n *"_name_or_path": "[^"]*",', '', text), encoding='utf-8')
     for file in dst.rglob('*'): file.chmod(0o755 if file.is_dir() else 0o644)
     return dst
 
