@@ -159,7 +159,8 @@ def preset_settings(
 
 def _fixed(model, layers, overrides):
     "Layers that are not for the plan to choose: what was set by hand, and what no scheme can hold."
-    fixed, stay = match_layers(overrides, {n: weight_shape(m) for n, m in layers.items()}), weights_of(model).stay
+    fixed = match_layers(overrides, {n: weight_shape(m) for n, m in layers.items()})
+    stay = weights_of(model).stay
     left = [n for n in stay if n in layers and fixed.get(n) != 'dense']
     if left: warnings.warn(f'layer {left[0]!r} stays dense: {stay[left[0]]} ({len(left)} such)')
     return fixed | dict.fromkeys(left, 'dense')
@@ -173,8 +174,8 @@ def quantize(
     calibration='auto',      # list of inputs, function that runs it, pipeline that holds it, 'auto', or None
     calibration_prompts:list=None, # texts for pipelines that take them; None: the package's own
     calibration_kwargs:dict=None,  # further arguments of the pipeline, e.g. an image
-    n_calibration:int=None,  # calibration trajectories; None: 64 (fast: 32, best: 128), large models a quarter
-    guidance_scale=None,     # of the walk, and about that of tuning; None: 3 with classes, else the pipeline's
+    n_calibration:int=None,  # calibration trajectories; None: 64 (fast 32, best 128), large models a quarter
+    guidance_scale=None,     # of the walk; tuning stays near it; None: 3 with classes, else the pipeline's
     overrides:dict=None,     # pattern -> 'dense', a Scheme or its text, (M, B), or integer bits 1..8
     laq=True,                # True: layers get what they bear; False: the uniform setting
     preset:str='default',    # 'fast', 'default' or 'best': what is not given below, and how LAQ measures
@@ -200,8 +201,9 @@ def quantize(
                   act_bits=act_bits, tune=tune, seed=seed, memory=memory, **how)
     _check_arguments(s, calibration)
     for check in CHECK: check(model)
-    sources, run = dict(prompts=calibration_prompts, kwargs=calibration_kwargs), (seed, workers, memory, progress)
-    job = _Job(model, s, calibration, _fixed(model, layers, overrides), sources, Run(*run, spread or Alone()))
+    run = Run(seed, workers, memory, progress, spread or Alone())
+    sources = dict(prompts=calibration_prompts, kwargs=calibration_kwargs)
+    job = _Job(model, s, calibration, _fixed(model, layers, overrides), sources, run)
     return job.run(work_dir, device)
 
 # %% ../nbs/09_door/24_quant.ipynb #1981112e
