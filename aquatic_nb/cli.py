@@ -372,10 +372,10 @@ def sample(
     _give(result, as_json, f'{len(names)} images in {out}')
 
 # %% ../nbs/12_command/41_cli.ipynb #99eaaf28
-def _judge(images, labels, reference=None):
+def _judge(images, labels, reference=None, emoji=False):
     "Accuracy of images where a shipped judge knows what was asked for, and PSNR against other images."
     compare, result = aquatic_nb.samples.compare, dict(n=len(images))
-    if tuple(images.shape[1:]) == (3, 64, 64) and labels:
+    if emoji:
         for key, x in (('', images), ('_reference', reference)):
             if x is None: continue
             found = aquatic_nb.zoo.emoji_scores(x, torch.tensor(labels))
@@ -457,7 +457,8 @@ def _evaluate_pipelines(src, against, variant, n, settings):
     known = asked or sources[0].part is None or _takes(sources[0], 'class_labels') # a model is refused below
     if against is None and not known: raise blind # before any image is drawn
     found = [_draw(load_pipeline(s), n, desc=s.path.name, **settings) for s in sources]
-    result = _judge(found[0][0], asked or found[0][1], *[images for images, _ in found[1:]])
+    reference = found[1][0] if len(found) > 1 else None
+    result = _judge(found[0][0], asked or found[0][1], reference, bool(asked))
     if len(result) > 1: return result
     raise blind
 
@@ -725,7 +726,8 @@ def _run_demo(out, shown, settings, n):
         packed = stage('load packed', lambda: load_pipeline(Source(out/'model', 'unet')))
         small = stage('sample quantized', lambda: draw(packed, 'quantized'))
     shutil.rmtree(out/'work', ignore_errors=True)
-    found = dict(_judge(small, labels, images), seconds=seconds, estimated_minutes=round(minutes, 1),
+    scores = _judge(small, labels, images, shown.guidance is not None)
+    found = dict(scores, seconds=seconds, estimated_minutes=round(minutes, 1),
                  **_sizes(out, shown, packed, ram), machine=machine(), shipped=shown.name, settings=settings)
     show = _by_class if shown.guidance is None else _in_pairs
     picture = lambda path: show(images, small, names, path)

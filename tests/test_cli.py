@@ -259,6 +259,12 @@ def test_the_model_of_prompts_needs_none_here(tmp_path, capsys):
     code, out, err = aquatic(capsys, 'sample', 'mini-sd', '--out', tmp_path/'t', '--n', 1, '--steps', 1, '--prompt', 'a lemon')
     assert code == 0, err[-800:]
 
+def test_only_emoji_are_judged_as_emoji():
+    "Somebody's class-conditional model of 64x64 pixels in colour is not asked which emoji it drew."
+    images = torch.rand(3, 3, 64, 64)
+    assert set(cli._judge(images, [0, 500, 999], images.flip(0))) == {'n', 'psnr_db'}
+    assert {'accuracy', 'retrieval'} <= set(cli._judge(images, [0, 5, 9], emoji=True))
+
 @pytest.mark.parametrize('shown', ['_by_class', '_in_pairs'])
 @pytest.mark.parametrize('n', [1, 7, 40])
 def test_pictures_of_the_demo(shown, n, tmp_path):
