@@ -16,9 +16,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor, nn
 
-from .core import Run, generator, in_order
+from .core import Run, generator, in_order, write_atomic
 from .kaq import packable, weight_shape
 from .walk import (CALIBRATION_GUIDANCE, TIME_NAMES, Call, Recording, answer, as_calls, record,
                              record_inputs, record_walk, steps_of)
@@ -176,12 +178,17 @@ def calibration_batches(
 # %% ../nbs/03_encoder/10_calib.ipynb #ceedcc94
 def _windows(conv, x):
     "A view of what each output position of a convolution sees: [B, positions..., C, taps...]."
-    k, dims = conv.kernel_size, len(conv.kernel_size)
+    dims = len(conv.kernel_size)
     x = x if x.dim() == dims + 2 else x[None]
     if conv.transposed: x, steps = _spaced(conv, x), (1,)*dims
     else:
         mode = 'constant' if conv.padding_mode == 'zeros' else conv.padding_mode
         x, steps = F.pad(x, conv._reversed_padding_repeated_twice, mode=mode), conv.stride
+    return _slid(conv, x, steps)
+
+def _slid(conv, x, steps):
+    "The windows of a map that is padded already."
+    k, dims = conv.kernel_size, len(conv.kernel_size)
     for i in range(dims): x = x.unfold(2 + i, conv.dilation[i]*(k[i] - 1) + 1, steps[i])
     x = x[(..., *(slice(None, None, d) for d in conv.dilation))]
     return x.movedim(1, 1 + dims)
@@ -314,15 +321,18 @@ def see(self:_Catch, name, mod, x):
         st.seen[key], st.alias[name] = (name,
                                         # x is kept, so its address can't be used again in this pass
                                         x), name
-        n = max(1, self.budget(mod)//st.of)
-        total, pick = positions(mod, x), None
-        if total > n:
-            pick = torch.randperm(total, generator=generator(self.seed, name, st.call))[:n]
-        st.rows[name] = input_rows(mod, x, pick)
+        st.rows[name] = self.sampled(name, mod, x, max(1, self.budget(mod)//st.of))
     st.left.discard(name)
     if not st.left: raise _Stop
 
 # %% ../nbs/03_encoder/10_calib.ipynb #328068cb
+@patch
+def sampled(self:_Catch, name, mod, x, n):
+    "At most n rows of an input."
+    total, pick = positions(mod, x), None
+    if total > n: pick = torch.randperm(total, generator=generator(self.seed, name, self.now.call))[:n]
+    return input_rows(mod, x, pick)
+
 @patch
 def run(self:_Catch, call, at, of):
     st = self.now
@@ -382,3 +392,127 @@ def input_moments(
         for w in watched: w.close()
     found = {n: _means(s, reference is not None) for n, s in sums.items()}
     return {n: found[alias[n]] for n in names if n in alias}
+
+# %% ../nbs/03_encoder/10_calib.ipynb #845f0227
+def _in_pieces(mod): # are pieces of the input map less than the rows that they hold?
+    dense = not isinstance(mod, nn.Linear) and not mod.transposed and mod.groups == 1
+    return dense and math.prod(mod.kernel_size) > 1
+
+def _pieces(conv, x, n, random, side=8):
+    "Squares of a padded map, [pieces, C, ...], that hold about n places of the kernel."
+    dims = len(conv.kernel_size)
+    x = x if x.dim() == dims + 2 else x[None]
+    mode = 'constant' if conv.padding_mode == 'zeros' else conv.padding_mode
+    x = F.pad(x, conv._reversed_padding_repeated_twice, mode=mode)
+    span = [d*(k - 1) + 1 for d, k in zip(conv.dilation, conv.kernel_size)]
+    out = [(size - w)//s + 1 for size, w, s in zip(x.shape[2:], span, conv.stride)]
+    edge = [min(side, o) for o in out]
+    grid = (len(x), *(-(-o//e) for o, e in zip(out, edge)))
+    pick = torch.randperm(math.prod(grid), generator=random)[:-(-n//math.prod(edge))]
+    def cut(b, *at):
+        first = [min(i*e, o - e)*s for i, e, o, s in zip(at, edge, out, conv.stride)]
+        return x[(b, slice(None), *(slice(f, f + (e - 1)*s + w) for f, e, s, w
+                                    in zip(first, edge, conv.stride, span)))]
+    return torch.stack([cut(*at) for at in zip(*(o.tolist() for o in torch.unravel_index(pick, grid)))])
+
+# %% ../nbs/03_encoder/10_calib.ipynb #63c128f4
+class _CatchPieces(_Catch):
+    "The same hooks, but what they keep is small: pieces of maps, or rows, in bfloat16."
+    def sampled(self, name, mod, x, n):
+        if not _in_pieces(mod): return super().sampled(name, mod, x, n).bfloat16()
+        return _pieces(mod, x.detach(), n, generator(self.seed, name, self.now.call)).bfloat16()
+
+def _rows_of(mod, kept):
+    "The rows that were kept, float32."
+    kept = kept.to(mod.weight.device).float()
+    if not _in_pieces(mod): return kept
+    return _slid(mod, kept, mod.stride).flatten(0, len(mod.kernel_size)).flatten(1)
+
+# %% ../nbs/03_encoder/10_calib.ipynb #5de4d4f9
+def _add_gram(H, x, block=2048):
+    "H += x^T x, in place; above the diagonal blocks only."
+    if x.dim() == 3:
+        H += (x.transpose(1, 2) @ x).mean(0)
+        return
+    for a in range(0, len(H), block): H[a:a + block, a:].addmm_(x[:, a:a + block].T, x[:, a:])
+
+def _mirrored(H, block=2048): # the other side
+    for a in range(0, len(H), block): H[a + block:, a:a + block] = H[a:a + block, a + block:].T
+    return H
+
+# %% ../nbs/03_encoder/10_calib.ipynb #afd1846e
+class InputStore:
+    "Samples of the inputs of many layers, from one pass; moments of any of them without the model."
+    def __init__(self,
+        model:nn.Module,  # the model whose inputs are measured
+        calls:list,       # calls of it
+        names:list,       # layers wanted
+        folder=None,      # keeps the samples, and finds them again; None: they stay in memory
+        rows_per_input=2, # rows kept per input dimension
+        run:Run=Run(),    # seed, threads, bar
+    ):
+        self.layers, self.run = {n: model.get_submodule(n) for n in names}, run
+        self.folder = None if folder is None else Path(folder)
+        budget = lambda mod: max(4096, rows_per_input*math.prod(weight_shape(mod)[1:]))
+        calls, watch = as_calls(model, calls), _CatchPieces(model, names, budget, run.seed)
+        try:
+            with run.bar(total=len(calls), desc='inputs of all layers') as bar:
+                self.parts = []
+                for part in in_order(lambda o: self.part(watch, *o, len(calls)), enumerate(calls),
+                                     run.workers):
+                    self.parts.append(part)
+                    bar.update()
+        finally: watch.close()
+        self.alias = {n: o for _, alias in self.parts for n, o in alias.items()}
+
+# %% ../nbs/03_encoder/10_calib.ipynb #1da97512
+@patch
+def part(self:InputStore, watch, at, call, of):
+    "What one call shows: (name -> sample, or the file that holds them; name -> the name it shares one with)."
+    file = None if self.folder is None else self.folder/f'{at:05d}.safetensors'
+    if file is not None and (alias := _alias_in(file)) is not None: return file, alias
+    kept, alias = watch.run(call, at, of)
+    if file is None: return kept, alias
+    kept = {n: t.cpu().contiguous() for n, t in kept.items()}
+    write_atomic(file, save(kept, {'alias': json.dumps(alias)}))
+    return file, alias
+
+def _alias_in(file):
+    "What a finished file says of itself; None where there is none, or it is damaged."
+    try:
+        with safe_open(file, 'pt') as f: return json.loads(f.metadata()['alias'])
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError): return None
+
+# %% ../nbs/03_encoder/10_calib.ipynb #636c2f58
+@patch
+def moments(self:InputStore,
+    names:list, # layers
+)->dict:        # name -> Moments; layers that never ran are left out
+    "Moments of some layers' inputs; those that share an input share them."
+    owner = {n: self.alias[n] for n in names if n in self.alias}
+    wanted = list(dict.fromkeys(owner.values()))
+    found = dict(zip(wanted, in_order(self.moments_of, wanted, self.run.workers)))
+    return {n: found[o] for n, o in owner.items()}
+
+@patch
+def moments_of(self:InputStore, name):
+    "Moments of one layer's inputs, summed up in the order of the calls."
+    mod, k = self.layers[name], 0
+    N = math.prod(weight_shape(mod)[1:])
+    H, mean = torch.zeros(N, N, device=mod.weight.device), torch.zeros(N, device=mod.weight.device)
+    for kept in self.samples(name):
+        x = _rows_of(mod, kept)
+        _add_gram(H, x)
+        k += x.shape[-2]
+        if x.dim() == 2: mean += x.sum(0)
+    grouped = getattr(mod, 'groups', 1) > 1
+    return Moments(_mirrored(H).div_(k), None, k, None if grouped else mean/k, None if grouped else 0*mean)
+
+@patch
+def samples(self:InputStore, name):
+    for part, _ in self.parts:
+        if isinstance(part, dict):
+            if name in part: yield part[name]
+            continue
+        with safe_open(part, 'pt') as f:
+            if name in f.keys(): yield f.get_tensor(name)

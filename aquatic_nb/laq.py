@@ -177,6 +177,7 @@ def sensitivity(
     names:list=None,      # layers; None: all that can be packed
     held_out:int=4,       # trajectories on which damage is measured
     codebook_dtype='int8', # 'int8' or 'fp16'
+    inputs=None,          # `InputStore` that moments come from; None: they are measured, wave by wave
     work_dir=None,        # keeps finished layers: a killed run goes on
     seed:int=0,           # of everything random
     memory:int=2*2**30,   # bytes for the input moments that are held at once
@@ -193,7 +194,7 @@ def sensitivity(
                          f'like {next(iter(layers))!r}')
     if device is not None: model.to(device)
     run, offered = Run(seed, workers, memory, progress), (options, codebook_dtype, thorough)
-    analysis = _Analysis(model, as_calls(model, batches), names, held_out, offered, run)
+    analysis = _Analysis(model, (as_calls(model, batches), inputs), names, held_out, offered, run)
     try: table = analysis.table(cheap, work_dir)
     finally: model.to(home)
     return table if given else with_dense(table, model)
@@ -223,12 +224,13 @@ def layer_costs(
 # %% ../nbs/05_bits/17_laq.ipynb #d443960a
 class _Analysis:
     "The analysis of one model, wave by wave."
-    def __init__(self, model, calls, names, held_out, offered, run):
-        options, self.codebook_dtype, self.thorough = offered
+    def __init__(self, model, data, names, held_out, offered, run):
+        (options, self.codebook_dtype, self.thorough), (calls, self.inputs) = offered, data
         self.model, self.names, self.run, self.layers = model, names, run, packable(model)
         self.rest, self.points = split_points(calls, held_out)
         self.order = [n for n in execution_order(model, calls[0]) if n in set(names)]
-        self.waves = waves(self.order, lambda n: moment_bytes(self.layers[n]), run.memory)
+        room = run.memory if self.inputs is None else run.memory//2 # waves cost nothing there
+        self.waves = waves(self.order, lambda n: moment_bytes(self.layers[n]), room)
         self.menus = {n: options(self.layers[n]) if options
                       else menu(self.layers[n], codebook_dtype=self.codebook_dtype) for n in names}
         self.sets = {} if options is not None else self.fitting_sets()
@@ -237,7 +239,8 @@ class _Analysis:
         self.mark = table_mark(model)
         self.key = digest('laq table 4', self.mark, calls.mark(),
                           {n: list(map(str, m)) for n, m in self.menus.items()},
-                          held_out, run.seed, *(['thorough'] if self.thorough else []))
+                          held_out, run.seed, *(['thorough'] if self.thorough else []),
+                          *([] if self.inputs is None else ['inputs kept']))
 
 # %% ../nbs/05_bits/17_laq.ipynb #1012f7bc
 @patch
@@ -254,8 +257,9 @@ def table(self:_Analysis, cheap, work_dir):
     table = _read_cache(path)
     todo = [n for n in self.order if table.empty or n not in set(table.layer)]
     if not todo: return _ordered(table, self.names)
-    self.probe = Probe(self.model, self.points, every=2 if self.thorough else 4)
-    self.gains = row_gains(self.probe, self.order, seed=self.run.seed)
+    self.probe = Probe(self.model, self.points, every=2 if self.thorough else 4, quick=cheap)
+    if not cheap: self.probe.truth # of the dense model
+    self.gains = row_gains(self.probe, self.order, seed=self.run.seed, workers=self.run.workers)
     cost = layer_costs({n: self.layers[n] for n in todo}, .6)
     with self.run.bar(total=len(todo), desc='sensitivity', cost=1.) as bar:
         for rows in self.rows(todo, cheap):
@@ -277,7 +281,7 @@ def rows(self:_Analysis, todo, cheap):
         if not wave: continue
         mates = {key: names for key, names in self.sets.items() if set(names) & set(wave)}
         wanted = list(dict.fromkeys([*wave, *sum(mates.values(), [])]))
-        moments = input_moments(model, self.rest, wanted, rows_per_input=2, seed=seed, workers=workers)
+        moments = self.moments(wanted)
         learn = lambda key: _set_books(*key, mates[key], self.layers, moments, self.gains,
                                        (seed, self.codebook_dtype))
         books = {n: found for key, found in zip(mates, list(in_order(learn, list(mates), workers)))
@@ -289,6 +293,12 @@ def rows(self:_Analysis, todo, cheap):
             yield [r for rows, _ in made for r in _combine(rows)]
 
 # %% ../nbs/05_bits/17_laq.ipynb #c0cfdbfe
+@patch
+def moments(self:_Analysis, names):
+    if self.inputs is not None: return self.inputs.moments(names)
+    return input_moments(self.model, self.rest, names, rows_per_input=2, seed=self.run.seed,
+                         workers=self.run.workers)
+
 @patch
 def layer(self:_Analysis, name, moments, books):
     "One layer with what is known of it."
@@ -337,6 +347,7 @@ def learn_shared(
     choice:dict,     # layer -> Scheme or 'dense'
     worth:dict=None, # layer -> what a relative error of one is worth; None: the same for all
     run:Run=Run(),   # seed, threads, memory
+    inputs=None,     # `InputStore` that moments come from; None: they are measured
     **options,       # of `share_codebooks`
 )->dict:             # Scheme -> codebooks [M, K, d] float32
     "The codebooks that several layers of an allocation hold together."
@@ -350,8 +361,9 @@ def learn_shared(
                                                   'bytes together; allow more, or override these layers')
     for wave in waves(sets, need, run.memory):
         names = sum((sets[s] for s in wave), [])
-        moments = input_moments(model, batches, names, rows_per_input=2, seed=run.seed,
-                                workers=run.workers) if batches else {}
+        if inputs is not None: moments = inputs.moments(names)
+        else: moments = input_moments(model, batches, names, rows_per_input=2, seed=run.seed,
+                                      workers=run.workers) if batches else {}
         def one(s):
             return share_codebooks([_problem(n, layers[n], moments, worth) for n in sets[s]], s,
                                    seed=run.seed, **options)

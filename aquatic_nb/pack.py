@@ -221,7 +221,7 @@ class _Encoding:
     def __init__(self, model, schemes, calls, options, run):
         self.model, self.schemes, self.calls, self.options, self.run = model, schemes, calls, options, run
         self.layers, self.work, self.sequential = packable(model), WorkDir(), False
-        self.books, self.done = {}, {}
+        self.inputs, self.books, self.done = None, {}, {}
 
 # %% ../nbs/06_packing/18_pack.ipynb #b1616116
 @patch
@@ -229,12 +229,13 @@ def waves(self:_Encoding, n_waves):
     "Layers that are encoded together, in the order in which they run."
     order = execution_order(self.model, self.calls[0]) if self.calls else list(self.layers)
     order = [n for n in order if self.schemes[n] != 'dense']
-    return waves(order, lambda n: moment_bytes(self.layers[n]), self.run.memory, n_waves
-                 if self.sequential else 1)
+    room = self.run.memory if self.inputs is None else self.run.memory//2 # waves cost nothing there
+    return waves(order, lambda n: moment_bytes(self.layers[n]), room, n_waves if self.sequential else 1)
 
 @patch
 def moments(self:_Encoding, student, wave):
     if not self.calls: return {}
+    if self.inputs is not None: return self.inputs.moments(wave)
     reference = self.model if self.sequential else None
     return input_moments(student, self.calls, wave, reference, seed=self.run.seed,
                          workers=self.run.workers)
@@ -247,7 +248,7 @@ def wave(self:_Encoding, student, wave, keys, bar):
     ready = once(lambda: {n: self.work.get(n, weight_shape(layers[n]), self.schemes[n], keys[n])
                           for n in wave})
     todo = [n for n in wave if ready[n] is None]
-    moments = self.moments(student, wave) if todo else {}
+    moments = self.moments(student, wave if self.inputs is None else todo) if todo else {}
     def one(n):
         return _encode_one(n, layers[n], moments, self.schemes[n], self.options, run.seed,
                            self.books.get(self.schemes[n]))
@@ -268,15 +269,18 @@ def encode_model(
     sequential=True,    # measure inputs behind the quantized prefix
     n_waves:int=12,     # waves of a sequential run, at least
     worth:dict=None,    # name -> worth of a layer's relative error, for shared codebooks; None: the same
+    inputs=None,        # `InputStore` that moments come from, if not sequential; None: they are measured
     run:Run=Run(),      # seed, threads, memory, progress, processes
 )->dict:                # name -> (AQTensor, info)
     "Encode every layer of a model that has a scheme."
     calls = None if batches is None else as_calls(model, batches)
     enc = _Encoding(model, schemes, calls, options or {}, run)
     enc.work, enc.sequential = work or WorkDir(), bool(sequential and calls)
-    base = digest(enc.options, run.seed, run.memory if enc.sequential else None)
+    enc.inputs = None if enc.sequential else inputs
+    base = digest(enc.options, run.seed, run.memory if enc.sequential else None,
+                  *([] if enc.inputs is None else ['inputs kept']))
     shares = {n: str(s) for n, s in schemes.items() if s != 'dense' and s.share}
-    learn = lambda: learn_shared(model, calls, schemes, worth, run, beam=4)
+    learn = lambda: learn_shared(model, calls, schemes, worth, run, enc.inputs, beam=4)
     enc.books = run.spread.once(lambda: enc.work.shared(schemes, digest(base, shares, worth), learn))
     plan = enc.waves(n_waves)
     student = copy.deepcopy(model) if enc.sequential else model

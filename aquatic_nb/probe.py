@@ -6,14 +6,16 @@
 __all__ = ['step_weights', 'timestep_weights', 'Probe', 'row_gains', 'dead_layers', 'fold_single_token']
 
 # %% ../nbs/05_bits/15_probe.ipynb #fa5c1c31
+import threading
 from contextlib import contextmanager
+from functools import cached_property
 
 import numpy as np
 import torch
 from fastcore.basics import patch
 from torch import nn
 
-from .core import generator, single_thread
+from .core import generator, in_order, single_thread
 from .kaq import by_output, from_output, packable, weight_shape
 from .walk import Recording, answer, merge
 
@@ -120,31 +122,47 @@ class Probe:
         model:nn.Module,  # the full-precision model
         points:Recording, # held-out trajectories, or calls that belong to none (then all count the same)
         every:int=1,      # answers are looked at on every so many steps
-        rows=128,         # rows in one forward pass
+        rows=128,         # rows in one forward pass, fewer for a large model
+        quick=False,      # True: one trajectory tells what steps are worth
     ):
-        calls = [c for c in points if c.step % every == 0]
+        rows = min(rows, _rows_at_once(model))
+        calls = [part for c in points if c.step % every == 0 for part in _halved(c, rows)]
         self.model, self.points, self.merged = model, points, merge(calls, rows)
         self.calls = [c.step for c in calls]
         at = sorted(set(self.calls))
         self.steps = [_time_of([c for c in calls if c.step == s], s) for s in at]
-        with torch.no_grad(), single_thread():
-            self.truth = self.answers(model)
-            worth = step_weights(model, points, 2)
+        few = points.take(points[-1].trajectory[-1:]) if quick else points
+        with torch.no_grad(), single_thread(): worth = step_weights(model, few, 4 if quick else 2)
         self.weights = np.ones(len(at)) if worth is None else np.array([worth[min(s, len(worth) - 1)]
                                                             for s in at])
+
+    @cached_property
+    def truth(self): # of the model as it is: ask before its weights are changed
+        with torch.no_grad(), single_thread(): return self.answers(self.model)
 
     def answers(self, model): return [c.guided(answer(model, c)).float() for c, _ in self.merged]
 
     def mean(self, by_step): return float(np.mean(self.weights*by_step))
+
+# %% ../nbs/05_bits/15_probe.ipynb #1b301f3e
+def _rows_at_once(model):
+    "Rows that may go through a model, and back, at once: what they leave behind grows with the model."
+    return max(2, min(128, 2_000_000_000//max(1, sum(p.numel() for p in model.parameters()))))
+
+def _halved(call, rows):
+    "A call in parts of at most so many rows, where it has more than one sample."
+    if call.rows <= rows or call.samples == 1: return [call]
+    n = max(1, rows*call.samples//call.rows)
+    return [call.take(torch.arange(a, min(a + n, call.samples))) for a in range(0, call.samples, n)]
 
 # %% ../nbs/05_bits/15_probe.ipynb #3121dede
 @patch
 @torch.no_grad()
 def by_step(self:Probe, change, model=None):
     "Mean squared change of the answer at each step, on the inputs of the full-precision walk."
-    found, model = [], self.model if model is None else model
+    found, model, known = [], self.model if model is None else model, self.truth
     with single_thread(), weights_changed(model, change):
-        for (_, spans), truth, out in zip(self.merged, self.truth, self.answers(model)):
+        for (_, spans), truth, out in zip(self.merged, known, self.answers(model)):
             err = (out - truth).pow(2).flatten(1).mean(1)
             found += [float(err[a:b].mean()) for a, b in spans]
     return [float(np.mean([e for e, s in zip(found, self.calls) if s == at]))
@@ -181,27 +199,28 @@ def _likeness(x):
 class _Gains:
     "Hooks that sum up squared gradients at the outputs of some layers."
     def __init__(self, model, names):
-        self.sums, self.guided = {}, False
+        self.now = threading.local()
         self.hooks = [model.get_submodule(n).register_forward_hook(self.hook(n), with_kwargs=True)
                       for n in names]
 
     def hook(self, name):
         def see(mod, args, kwargs, out):
-            likeness = _likeness((*args, *kwargs.values())[0]) if self.guided else 0.
+            sums, guided = self.now.sums, self.now.guided
+            likeness = _likeness((*args, *kwargs.values())[0]) if guided else None
             if out.requires_grad:
-                out.register_hook(lambda g: self.add(name, mod, g.detach().float(), likeness))
+                out.register_hook(lambda g: self.add(sums, name, mod, g.detach().float(), likeness))
         return see
 
-    def add(self, name, mod, g, likeness):
+    def add(self, sums, name, mod, g, likeness):
         power = g.pow(2)
         # the errors of the two halves are as alike as their inputs
-        if self.guided:
+        if likeness is not None:
             a, b = g.chunk(2)
             power = a.pow(2) + b.pow(2) + 2*likeness*a*b
         if isinstance(mod, nn.Linear): rows = power.flatten(0, -2).sum(0)
         else: rows = power.unflatten(0, (-1, mod.out_channels)).flatten(2).sum((0, 2)) \
             if power.dim() == len(mod.kernel_size) + 1 else power.flatten(2).sum((0, 2))
-        self.sums[name] = self.sums.get(name, 0) + rows.clamp(min=0)
+        sums[name] = sums.get(name, 0) + rows.clamp(min=0)
 
     def close(self):
         for h in self.hooks: h.remove()
@@ -212,27 +231,29 @@ def row_gains(
     names:list,   # layers
     passes:int=4, # backward passes over all points
     seed:int=0,   # seed of the random directions
+    workers:int=1, # threads, one for each pass; the result does not depend on it
 )->dict:          # layer -> [O] gain of each output row
     "How much a unit of independent error on each output of a layer adds to the damage, by backward passes."
-    watch, params = _Gains(probe.model, names), {k: q.requires_grad for k,
-                                                 q in probe.model.named_parameters()}
+    watch = _Gains(probe.model, names)
+    params = {k: (q.requires_grad, q.grad) for k, q in probe.model.named_parameters()}
     weight_of = dict(zip(sorted(set(probe.calls)), probe.weights))
     try:
         for k, q in probe.model.named_parameters(): q.requires_grad_(k.endswith('.bias'))
         # sums in one order: shared codebooks hang on the last bits
-        with single_thread():
-            for r in range(passes): size = _backward(probe, watch, weight_of, seed, r)
+        one = lambda r: _backward(probe, watch, weight_of, seed, r)
+        found = list(in_order(one, range(passes), workers))
     finally:
         watch.close()
-        for k, q in probe.model.named_parameters(): q.requires_grad_(params[k])
-    return {k: v/(passes*size*len(probe.calls)) for k, v in watch.sums.items()}
+        for k, q in probe.model.named_parameters(): q.requires_grad_(params[k][0]).grad = params[k][1]
+    size, sums = found[0][0], [o for _, o in found]
+    return {k: sum(o[k] for o in sums)/(passes*size*len(probe.calls)) for k in sums[0]}
 
 # %% ../nbs/05_bits/15_probe.ipynb #234a448f
 def _backward(probe, watch, weight_of, seed, r):
-    "One backward pass from random directions through all points; returns the size of one answer."
-    done = 0
+    "One backward pass from random directions through all points: (size of one answer, squared gradients)."
+    done, watch.now.sums = 0, {}
     for i, (call, spans) in enumerate(probe.merged):
-        watch.guided, call = call.guidance_scale is not None, call.take(range(call.samples))
+        watch.now.guided, call = call.guidance_scale is not None, call.take(range(call.samples))
         for k, v in call.items():
             if torch.is_tensor(v) and v.is_floating_point(): call[k] = v.clone().requires_grad_()
         with torch.enable_grad(): out = call.guided(answer(probe.model, call)).float()
@@ -243,7 +264,7 @@ def _backward(probe, watch, weight_of, seed, r):
                                                             *[1]*(out.dim() - 1))
         out.backward(v.to(out))
         done += len(spans)
-    return out[0].numel()
+    return out[0].numel(), watch.now.sums
 
 # %% ../nbs/05_bits/15_probe.ipynb #741dfa05
 def dead_layers(

@@ -8,6 +8,7 @@ __all__ = ['plan', 'quantize', 'quantize_unet', 'quant_report', 'TuneConfig']
 # %% ../nbs/09_door/24_quant.ipynb #1e13ab7f
 import copy
 import math
+import shutil
 import sys
 import time
 import warnings
@@ -22,8 +23,8 @@ from torch import nn
 
 from .act import attach_act
 from .aq import Scheme, stored_bytes
-from .calib import calibration_batches
-from .core import Alone, Run, digest, generator, single_thread, work_lock
+from .calib import InputStore, calibration_batches, execution_order
+from .core import Alone, Run, digest, generator, single_thread, work_lock, write_atomic
 from .encode import encode_rows, work_of
 from .kaq import by_output, layer_kind, match_layers, packable, weight_shape, why_dense
 from .knapsack import allocate, bits_to_bytes
@@ -33,7 +34,7 @@ from .pack import (CHECK, FINISH, WorkDir, choose_uniform, encode_model, pack, q
                              weights_of)
 from .probe import split_points, thinned, timestep_weights
 from .tune.distill import TuneConfig, tune_model
-from .walk import answer, merge
+from .walk import answer, helped, merge
 
 # %% ../nbs/09_door/24_quant.ipynb #6bb17dba
 _NOTHING = 'no convolution or linear layer that could be quantized'
@@ -148,11 +149,11 @@ def preset_settings(
     home='cpu', # where it computes
     **given,    # what was given; None: as the preset has it
 ) -> dict:      # beam, sweeps, sequential, n_calibration, measure
-    "Settings of a preset where none were given; a large model is calibrated on fewer trajectories."
+    "Settings of a preset where none were given; a large model is run less often, and its table estimated."
     if preset not in _PRESETS:
         raise ValueError(f'preset={preset!r}, expected one of {", ".join(map(repr, _PRESETS))}')
     how = dict(_PRESETS[preset])
-    if size > _LARGE: how['n_calibration'] //= 4
+    if size > _LARGE: how |= dict(n_calibration=how['n_calibration']//8, measure='cheap')
     how |= {k: v for k, v in given.items() if v is not None}
     if how['sequential'] == 'auto': how['sequential'] = size <= _LARGE or 'cuda' in home
     return how | dict(sequential=bool(how['sequential']))
@@ -174,7 +175,7 @@ def quantize(
     calibration='auto',      # list of inputs, function that runs it, pipeline that holds it, 'auto', or None
     calibration_prompts:list=None, # texts for pipelines that take them; None: the package's own
     calibration_kwargs:dict=None,  # further arguments of the pipeline, e.g. an image
-    n_calibration:int=None,  # calibration trajectories; None: 64 (fast 32, best 128), large models a quarter
+    n_calibration:int=None,  # calibration trajectories; None: 64 (fast 32, best 128), large models an eighth
     guidance_scale=None,     # of the walk; tuning stays near it; None: 3 with classes, else the pipeline's
     overrides:dict=None,     # pattern -> 'dense', a Scheme or its text, (M, B), or integer bits 1..8
     laq=True,                # True: layers get what they bear; False: the uniform setting
@@ -243,34 +244,77 @@ def run(self:_Job, work_dir, device):
 @patch
 def stages(self:_Job):
     s, run, model = self.settings, self.shared_run, self.model
-    calls = None if self.calibration is None else run.spread.once(self.calibrate)
+    calls = None if self.calibration is None else run.spread.once(lambda: self.timed('walk', self.calibrate))
     if calls is not None: self.work.check('inputs', calls.mark())
     self.announce(calls)
-    schemes, worth = run.spread.once(lambda: self.choose(calls))
     few = None if calls is None else thinned(calls, _PER_STEP)
-    done = encode_model(model, schemes, few, dict(beam=s.beam, sweeps=s.sweeps), self.work, s.sequential,
-                        worth=worth, run=run)
+    inputs = self.timed('inputs', lambda: self.keep_inputs(few))
+    choose = lambda: self.timed('sensitivity', lambda: self.choose(calls, inputs))
+    schemes, worth = run.spread.once(choose)
+    encode = lambda: encode_model(model, schemes, few, dict(beam=s.beam, sweeps=s.sweeps), self.work,
+                                  s.sequential, worth=worth, inputs=inputs, run=run)
+    done = self.timed('codes' if inputs else 'moments and codes', encode)
     if s.tune is not None: # while the pipeline still holds the dense model
         weights = timestep_weights(model, split_points(calls)[1], .5)
         dense = copy.deepcopy(model).requires_grad_(False)
     pack(model, done)
-    inner = [n for n in packed_layers(model) if n not in ('conv_in', 'conv_out')]
-    if s.act_bits is not None: attach_act(model, s.act_bits, few, layers=inner, seed=s.seed)
-    if s.tune is not None: self.tune(dense, weights)
+    if s.act_bits is not None: self.timed('activations', lambda: self.activations(calls, few))
+    if s.tune is not None: self.timed('tuning', lambda: self.tune(dense, weights))
     for finish in FINISH: finish(model, s.bits)
+    if inputs and inputs.folder: shutil.rmtree(inputs.folder, ignore_errors=True) # as large as the model
+
+# %% ../nbs/09_door/24_quant.ipynb #e7b0887d
+@patch
+def timed(self:_Job, stage, f):
+    "The answer of a stage; what it took is a line of `times.csv` in the work folder."
+    wall, cpu = time.perf_counter(), time.process_time()
+    found = f()
+    spent = time.perf_counter() - wall, time.process_time() - cpu
+    if self.work.path is None or self.shared_run.spread.rank or found is None and stage == 'inputs':
+        return found
+    note = self.work.path/'times.csv'
+    lines = note.read_text() if note.exists() else 'stage,wall_s,cpu_s,peak_gib\n'
+    write_atomic(note, (lines + f'{stage},{spent[0]:.1f},{spent[1]:.1f},{_peak_gib():.2f}\n').encode())
+    return found
+
+def _peak_gib(): # of this process so far
+    try: import resource # Unix only
+    except ImportError: return math.nan
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/(2**30 if sys.platform == 'darwin' else 2**20)
+
+# %% ../nbs/09_door/24_quant.ipynb #7fb72820
+@patch
+def keep_inputs(self:_Job, calls):
+    "A store of all layers' inputs, where none has to wait for the quantized prefix; else None."
+    run, s = self.shared_run, self.settings
+    if calls is None or s.sequential or run.spread.world > 1: return None
+    names = execution_order(self.model, calls[0])
+    folder = None if self.work.path is None else self.work.path/'inputs'
+    return InputStore(self.model, calls, names, folder, run=replace(run, seed=s.seed))
+
+@patch
+def activations(self:_Job, calls, few):
+    "Ranges of the packed layers' activations; a large model is looked at a few times."
+    s, size = self.settings, sum(p.numel() for p in self.model.parameters())
+    inner = [n for n in packed_layers(self.model) if n not in ('conv_in', 'conv_out')]
+    seen = few if s.sequential or size <= _LARGE else thinned(calls, 4, whole=True)
+    attach_act(self.model, s.act_bits, seen, layers=inner, seed=s.seed)
 
 # %% ../nbs/09_door/24_quant.ipynb #14bebd5c
 @patch
 def calibrate(self:_Job):
     "The calls that layers are calibrated on."
-    s = self.settings
-    with single_thread():
+    s, run = self.settings, self.shared_run
+    large = sum(p.numel() for p in self.model.parameters()) > _LARGE
+    kept = None if self.work.path is None or run.spread.world > 1 else self.work.path/'walk'
+    divided = large and not next(self.model.parameters()).is_cuda
+    with single_thread(), helped(self.model, kept, run.workers, 4 if divided else 0):
         return calibration_batches(self.model, self.calibration, s.n_calibration,
                                    guidance_scale=s.guidance_scale, seed=s.seed,
-                                   progress=self.shared_run.progress, **self.sources)
+                                   progress=run.progress, **self.sources)
 
 @patch
-def choose(self:_Job, calls):
+def choose(self:_Job, calls, inputs=None):
     "(name -> scheme, name -> what a layer's relative error is worth), by LAQ or the uniform plan."
     s, run = self.settings, self.shared_run
     if not s.laq or calls is None:
@@ -278,7 +322,8 @@ def choose(self:_Job, calls):
     folder = None if self.work.path is None else self.work.path/'laq'
     table = sensitivity(self.model, thinned(calls, _PER_STEP, whole=True), codebook_dtype=s.codebook_dtype,
                         work_dir=folder, cheap=s.measure == 'cheap', thorough=s.measure == 'thorough',
-                        seed=s.seed, memory=s.memory, workers=run.workers, progress=run.progress)
+                        inputs=inputs, seed=s.seed, memory=s.memory, workers=run.workers,
+                        progress=run.progress)
     choice = allocate(table, bits_to_bytes(table, s.bits), overrides=self.fixed)
     return choice, worth_of(table, choice)
 
@@ -291,6 +336,16 @@ def _row_seconds(model, calls):
         with torch.no_grad(), single_thread(): answer(model, call)
         times.append(time.perf_counter() - start)
     return min(times)/call.rows
+
+def _gram_seconds():
+    "A function N -> seconds of the second moments of so many inputs, from a small product."
+    x = torch.randn(1024, 1024, generator=generator(0, 'pace'))
+    with single_thread():
+        for _ in range(3):
+            start = time.perf_counter()
+            x.T @ x
+            took = time.perf_counter() - start
+    return lambda N: took*.6*max(2*N, 4096)*N**2/1024**3
 
 def _encode_seconds(beam, sweeps):
     "A function (O, N) -> seconds of encoding a layer of that shape, from a small one."
@@ -308,22 +363,30 @@ def expected(self:_Job, calls, s): # stage -> seconds; s: the settings, or other
     "About how long the stages after the walk take on this machine."
     row, few = _row_seconds(self.model, calls), thinned(calls, _PER_STEP)
     shapes = [(len(w), w[0].numel()) for w in map(by_output, packable(self.model).values())]
-    rows, held = sum(c.rows for c in few), split_points(thinned(calls, _PER_STEP, whole=True))[1]
-    code, threads = _encode_seconds(s.beam, s.sweeps), max(1, self.shared_run.workers)
-    total = lambda f: sum(f(O, N) for O, N in shapes)/threads
-    out = {}
+    rows, threads = sum(c.rows for c in few), max(1, self.shared_run.workers)
+    code, gram = _encode_seconds(s.beam, s.sweeps), _gram_seconds()
+    total, out = lambda f: sum(f(O, N) for O, N in shapes)/threads, {}
+    moments, waves = 0. if s.sequential else total(lambda O, N: gram(N)), 12 if s.sequential else 0
+    if not s.sequential: out['inputs'] = 1.3*row*rows/threads
     if s.laq:
-        options, every = dict(cheap=(0, 4), thorough=(4, 2)).get(s.measure, (2, 4))
-        seen = sum(c.rows for c in held)/every
-        quick = _encode_seconds(2, 1)
-        found = row*(seen*(options*len(shapes)/threads + 12) + rows) + 2.5*total(quick)
-        out['sensitivity'] = found + row*len(held)*len(held)/4*held[0].rows/held[0].samples
-    waves = 12 if s.sequential else 1
-    out['moments and codes'] = row*rows*(1 + .6*waves if waves > 1 else 1) + total(code)
-    if s.act_bits is not None: out['activations'] = 1.5*row*rows
+        own = row*rows if s.sequential else moments
+        out['sensitivity'] = own + self.measuring(calls, s, row, len(shapes)) + 2.5*total(_encode_seconds(2, 1))
+    out['moments and codes' if s.sequential else 'codes'] = row*rows*.6*waves + row*rows*(waves > 0) + moments \
+        + total(code)
+    large = not s.sequential and sum(p.numel() for p in self.model.parameters()) > _LARGE
+    if s.act_bits is not None: out['activations'] = row*(1.5*rows if not large else 2*4*len(calls))
     minutes = getattr(s.tune, 'minutes', s.tune)
-    if minutes: out['tuning'] = 60*minutes
-    return out
+    return out | ({'tuning': 60*minutes} if minutes else {})
+
+@patch
+def measuring(self:_Job, calls, s, row, layers):
+    "Seconds of what LAQ runs through the model: what steps are worth, rows' gains, and measured options."
+    held, threads = split_points(thinned(calls, _PER_STEP, whole=True))[1], max(1, self.shared_run.workers)
+    options, every = dict(cheap=(0, 4), thorough=(4, 2)).get(s.measure, (2, 4))
+    seen, one = sum(c.rows for c in held)/every, held[0].rows/held[0].samples
+    samples = 1 if s.measure == 'cheap' else held[0].samples
+    worth = (len(held)/(4 if s.measure == 'cheap' else 2) + 1)*(2 + len(held)/2)*one*samples
+    return row*(worth + seen*(options*layers + 12)/threads + seen*(options > 0))
 
 # %% ../nbs/09_door/24_quant.ipynb #52917894
 @patch

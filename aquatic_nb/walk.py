@@ -10,13 +10,18 @@ __all__ = ['CALIBRATION_GUIDANCE', 'SAMPLING_GUIDANCE', 'Call', 'answer', 'join'
 import inspect
 import re
 from collections.abc import Mapping
+from contextlib import contextmanager
+from functools import wraps
 from importlib.resources import files
+from pathlib import Path
 
 import torch
 from fastcore.basics import patch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from .core import Run, digest, generator
+from .core import Run, digest, generator, in_order, write_atomic
 
 # %% ../nbs/02_models/04_walk.ipynb #36f351b0
 TIME_NAMES = ('timestep', 'timesteps', 't')
@@ -127,6 +132,9 @@ def _first(out, model):
                                   f'no tensor; '
                                   'wrap it in a module whose forward returns the tensor that matters')
     return found[0][1]
+
+def _with(out, new): # an output of the same form, with another tensor first
+    return new if torch.is_tensor(out) else (new, *out[1:]) if isinstance(out, tuple) else type(out)(new)
 
 # %% ../nbs/02_models/04_walk.ipynb #f593cc0d
 def _alike(a, b, ra, rb, name=''):
@@ -555,8 +563,7 @@ def see(self:_Tap, module, args, kwargs, out):
         raise TypeError(f'{type(module).__name__} answers with nested tensors; its run cannot go on with '
                         f'others')
     new = self.answers[at].to(value)
-    new = new.roll(len(new)//2, 0) if call.guidance_scale is not None and self.reversed else new
-    return new if torch.is_tensor(out) else (new, *out[1:]) if isinstance(out, tuple) else type(out)(new)
+    return _with(out, new.roll(len(new)//2, 0) if call.guidance_scale is not None and self.reversed else new)
 
 # %% ../nbs/02_models/04_walk.ipynb #020acc78
 @patch(as_prop=True)
@@ -709,3 +716,72 @@ def record_inputs(
                          'encode and decode do not count); record the part that is called, or give its '
                          'inputs as a list')
     return Recording(tap.calls)
+
+# %% ../nbs/02_models/04_walk.ipynb #02d33135
+class _Helper:
+    "Stands in for a model's `forward`: keeps answers in a folder, and divides the rows of a batch."
+    def __init__(self, model, folder, workers, rows):
+        self.model, self.plain, self.folder = model, model.forward, None if folder is None else Path(folder)
+        self.workers, self.rows = workers, rows
+        kinds = inspect.signature(model.forward).parameters.values()
+        self.names = [p.name for p in kinds if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+
+    def __call__(self, *args, **kwargs):
+        if torch.is_grad_enabled() or torch.is_autocast_enabled('cpu') or len(args) > len(self.names):
+            return self.plain(*args, **kwargs)
+        call = Call({**dict(zip(self.names, args)), **kwargs})
+        file = self.file(call)
+        if (known := _kept(file)) is not None: return _with(self.plain(**call.take([0])), known.to(self.home))
+        out = self.divided(call)
+        if file is not None and (found := _only(out)) is not None:
+            write_atomic(file, save({'out': found.detach().cpu().contiguous()}))
+        return out
+
+# %% ../nbs/02_models/04_walk.ipynb #a2bf7374
+@patch(as_prop=True)
+def home(self:_Helper): return next(self.model.parameters()).device
+
+@patch
+def file(self:_Helper, call):
+    "Where the answer to a call lies; None where nothing is kept, or the call holds what has no digest."
+    if self.folder is None: return None
+    try: name = digest({k: v for k, v in call.items() if k != 'return_dict'})
+    except TypeError: return None
+    return self.folder/f'{name}.safetensors'
+
+@patch
+def divided(self:_Helper, call):
+    "The answer, a few rows at a time where that is wanted."
+    n = call.rows
+    if not 0 < self.rows < n: return self.plain(**call)
+    @torch.no_grad()
+    def one(at): return self.plain(**call.take(torch.arange(at, min(at + self.rows, n))))
+    outs = list(in_order(one, range(0, n, self.rows), self.workers))
+    found = [_only(o) for o in outs]
+    return self.plain(**call) if any(o is None for o in found) else _with(outs[0], torch.cat(found))
+
+def _only(out): # the tensor of an output that holds one; else None
+    found = _tensors(dict(out)) if isinstance(out, Mapping) else _tensors(out)
+    return found[0][1] if len(found) == 1 else None
+
+def _kept(file):
+    try: return None if file is None or not file.exists() else load_file(file)['out']
+    except (SafetensorError, OSError, KeyError): return None
+
+# %% ../nbs/02_models/04_walk.ipynb #5ff4fc32
+@contextmanager
+def helped(
+    model:nn.Module, # a denoiser
+    folder=None,     # keeps its answers; None: nothing is kept
+    workers:int=1,   # threads that share a batch
+    rows:int=0,      # rows of a share; 0: batches stay whole
+):                   # a context
+    "While it lasts, answers that the folder has are not computed again, and threads share large batches."
+    before, helper = model.__dict__.get('forward'), _Helper(model, folder, workers, rows)
+    @wraps(helper.plain)
+    def forward(*args, **kwargs): return helper(*args, **kwargs)
+    model.forward = forward
+    try: yield
+    finally:
+        del model.forward
+        if before is not None: model.forward = before
