@@ -23,6 +23,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Optional
 
+import pandas as pd
 import torch
 import typer
 
@@ -209,7 +210,7 @@ _Override = _option(Optional[list[str]], 'Set layers by hand, and again for more
 _Config = _option(Optional[str], 'What a single file holds: sd15, sdxl, or a folder with its config.json.')
 _WorkDir = _option(Optional[Path], 'Keeps finished layers; DST with .work appended where not given.')
 _Memory = _option(float, 'GB for input statistics held at once.')
-_Trajectories = _option(Optional[int], 'Calibration trajectories; 64, or 16 for a model of more than 100M '
+_Trajectories = _option(Optional[int], 'Calibration trajectories; 64, or 8 for a model of more than 100M '
                         'parameters.', min=1)
 _WalkGuidance = _option(Optional[float], 'Guidance scale of the calibration; what suits the pipeline where '
                         'not given.')
@@ -263,7 +264,10 @@ def quantize(
     _say_before(told)
     work_dir = work_dir or dst.with_name(dst.name + '.work')
     settings['memory'] = int(memory*2**30)
-    _give(_run_quantize(source, dst, work_dir, calibration, force, settings), as_json)
+    result = _run_quantize(source, dst, work_dir, calibration, force, settings)
+    if not as_json and 'stages' in result:
+        result['stages'] = ', '.join(f'{o["stage"]} {o["wall_s"]:.0f} s' for o in result['stages'])
+    _give(result, as_json)
 
 # %% ../nbs/12_command/41_cli.ipynb #add5b1f1
 def _told_before(source, settings, memory, calibration):
@@ -298,12 +302,17 @@ def _run_quantize(source, dst, work_dir, calibration, force, settings):
         except KeyboardInterrupt:
             _say(f'\nfinished layers are kept in {work_dir}: run the same command again to go on')
             raise
+    stages = _stage_times(work_dir)
     shutil.rmtree(work_dir, ignore_errors=True)
     report = aquatic_nb.quant.quant_report(model)
     return dict(dst=str(dst), variant=source.variant, layers=int((report.scheme != 'dense').sum()),
                 bits=round(report.attrs['bits'], 4), bits_all_parameters=round(report.attrs['bits_all'], 4),
                 file_bytes=_file_bytes(dst/(source.part or '')),
-                seconds=round(time.perf_counter() - start, 1))
+                seconds=round(time.perf_counter() - start, 1), **({'stages': stages} if stages else {}))
+
+def _stage_times(work_dir): # what each stage took, over all the runs that it needed
+    note = work_dir/'times.csv'
+    return pd.read_csv(note).to_dict('records') if note.exists() else []
 
 def _file_bytes(folder): # of the weights of a model folder
     return sum(f.stat().st_size for f in Path(folder).glob('*.safetensors'))

@@ -249,7 +249,7 @@ def stages(self:_Job):
     self.announce(calls)
     few = None if calls is None else thinned(calls, _PER_STEP)
     inputs = self.timed('inputs', lambda: self.keep_inputs(few))
-    choose = lambda: self.timed('sensitivity', lambda: self.choose(calls, inputs))
+    choose = lambda: self.timed('sensitivity' if s.laq else 'plan', lambda: self.choose(calls, inputs))
     schemes, worth = run.spread.once(choose)
     encode = lambda: encode_model(model, schemes, few, dict(beam=s.beam, sweeps=s.sweeps), self.work,
                                   s.sequential, worth=worth, inputs=inputs, run=run)

@@ -7,6 +7,7 @@ __all__ = ['CALIBRATION_GUIDANCE', 'SAMPLING_GUIDANCE', 'Call', 'answer', 'join'
            'builtin_prompts', 'record', 'record_inputs']
 
 # %% ../nbs/02_models/04_walk.ipynb #488da703
+import copy
 import inspect
 import re
 from collections.abc import Mapping
@@ -133,8 +134,14 @@ def _first(out, model):
                                   'wrap it in a module whose forward returns the tensor that matters')
     return found[0][1]
 
-def _with(out, new): # an output of the same form, with another tensor first
-    return new if torch.is_tensor(out) else (new, *out[1:]) if isinstance(out, tuple) else type(out)(new)
+def _with(out, old, new):
+    "An output of the same form, with another tensor in the place of one."
+    swapped = nested(lambda t, name: new if t is old else t, out)
+    if isinstance(out, Mapping) and type(out) is not dict: return type(out)(**swapped)
+    if swapped is not out: return swapped
+    swapped = copy.copy(out)
+    swapped.sample = new
+    return swapped
 
 # %% ../nbs/02_models/04_walk.ipynb #f593cc0d
 def _alike(a, b, ra, rb, name=''):
@@ -559,11 +566,9 @@ def see(self:_Tap, module, args, kwargs, out):
     call.step = 0 if before is None else before.step + (not same)
     self.calls.append(call)
     if at not in self.answers: return None
-    if not torch.is_tensor(out) and value is not out[0]:
-        raise TypeError(f'{type(module).__name__} answers with nested tensors; its run cannot go on with '
-                        f'others')
     new = self.answers[at].to(value)
-    return _with(out, new.roll(len(new)//2, 0) if call.guidance_scale is not None and self.reversed else new)
+    turned = call.guidance_scale is not None and self.reversed
+    return _with(out, value, new.roll(len(new)//2, 0) if turned else new)
 
 # %% ../nbs/02_models/04_walk.ipynb #020acc78
 @patch(as_prop=True)
@@ -731,7 +736,9 @@ class _Helper:
             return self.plain(*args, **kwargs)
         call = Call({**dict(zip(self.names, args)), **kwargs})
         file = self.file(call)
-        if (known := _kept(file)) is not None: return _with(self.plain(**call.take([0])), known.to(self.home))
+        if (known := _kept(file)) is not None:
+            out = self.plain(**call.take([0]))             # tells the form
+            return _with(out, _only(out), known.to(self.home))
         out = self.divided(call)
         if file is not None and (found := _only(out)) is not None:
             write_atomic(file, save({'out': found.detach().cpu().contiguous()}))
@@ -758,7 +765,8 @@ def divided(self:_Helper, call):
     def one(at): return self.plain(**call.take(torch.arange(at, min(at + self.rows, n))))
     outs = list(in_order(one, range(0, n, self.rows), self.workers))
     found = [_only(o) for o in outs]
-    return self.plain(**call) if any(o is None for o in found) else _with(outs[0], torch.cat(found))
+    if any(o is None for o in found): return self.plain(**call)
+    return _with(outs[0], found[0], torch.cat(found))
 
 def _only(out): # the tensor of an output that holds one; else None
     found = _tensors(dict(out)) if isinstance(out, Mapping) else _tensors(out)
