@@ -119,8 +119,10 @@ class _Settings:
     memory:int
     measure:str|None=None # how LAQ measures: None, 'cheap' or 'thorough', see `laq.sensitivity`
 
-    def mark(self):
-        return digest('settings 5', {k: v if k != 'tune' else str(v) for k, v in vars(self).items()})
+    def mark(self): # of what a work folder holds: it serves any number of bits, until something is tuned
+        later = ('bits', 'act_bits', 'tune') if self.tune is None else ()
+        return digest('settings 6', {k: v if k != 'tune' else str(v) for k, v in vars(self).items()
+                                     if k not in later})
 
 # %% ../nbs/09_door/24_quant.ipynb #f2090c4a
 def _check_arguments(s, calibration):

@@ -98,12 +98,21 @@ def test_a_run_killed_at_its_first_file_goes_on(dense, tmp_path):
 def test_a_work_dir_of_something_else_is_refused(dense, tmp_path):
     quantized(dense, calibration=None, work_dir=tmp_path/'w')
     kept = {f: f.read_bytes() for f in (tmp_path/'w').iterdir()}
-    with pytest.raises(ValueError, match='another model or other settings'): quantized(dense, 7, calibration=None, work_dir=tmp_path/'w')
+    with pytest.raises(ValueError, match='another model or other settings'): quantized(dense, calibration=None, seed=1, work_dir=tmp_path/'w')
     with pytest.raises(ValueError, match='another model or other settings'): quantized(dense, calibration=calibration_batches(dense, 'auto', n=2, steps=2, seed=1), work_dir=tmp_path/'w')
     with pytest.raises(ValueError, match='another model or other settings'): quantized(conditional(seed=5), calibration=None, work_dir=tmp_path/'w')
     assert kept == {f: f.read_bytes() for f in (tmp_path/'w').iterdir()}
     (tmp_path/'notes').mkdir(); (tmp_path/'notes'/'mine.txt').write_text('mine')
     with pytest.raises(ValueError, match='files of something else'): quantized(dense, calibration=None, work_dir=tmp_path/'notes')
+
+@pytest.mark.parametrize('laq', [False, True])
+def test_a_work_dir_serves_other_bits(dense, batches, tmp_path, laq):
+    "One table and the layers that keep their setting; the bytes are those of a run of its own."
+    how = dict(calibration=batches, laq=laq)
+    quantized(dense, 7, work_dir=tmp_path/'w', **how)
+    tables = {f: f.stat().st_mtime_ns for f in (tmp_path/'w').rglob('laq_*.csv')}
+    for bits in (6.5, 7): same(quantized(dense, bits, **how), quantized(dense, bits, work_dir=tmp_path/'w', **how))
+    assert tables == {f: f.stat().st_mtime_ns for f in (tmp_path/'w').rglob('laq_*.csv')} and bool(tables) is laq
 
 def test_overrides(dense):
     model = quantized(dense, 7, calibration=None, overrides={'mid_block*': 8, '*to_q': (2, 4), 'conv_out': 'dense', '*to_v': Scheme(1, 5, 8, 'fp16')})
