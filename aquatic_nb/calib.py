@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from .core import Run, generator, in_order, write_atomic
 from .kaq import packable, weight_shape
 from .walk import (CALIBRATION_GUIDANCE, TIME_NAMES, Call, Recording, answer, as_calls, record,
-                             record_inputs, record_walk, steps_of)
+                             record_inputs, record_walk, rows_at_once, steps_of)
 
 # %% ../nbs/03_encoder/10_calib.ipynb #8caaf774
 def _latent_shape(model):
@@ -454,7 +454,8 @@ class InputStore:
         self.layers, self.run = {n: model.get_submodule(n) for n in names}, run
         self.folder = None if folder is None else Path(folder)
         budget = lambda mod: max(4096, rows_per_input*math.prod(weight_shape(mod)[1:]))
-        calls, watch = as_calls(model, calls), _CatchPieces(model, names, budget, run.seed)
+        watch = _CatchPieces(model, names, budget, run.seed)
+        calls = [part for c in as_calls(model, calls) for part in c.parts(rows_at_once(model))]
         try:
             with run.bar(total=len(calls), desc='inputs of all layers') as bar:
                 self.parts = []
@@ -469,7 +470,7 @@ class InputStore:
 @patch
 def part(self:InputStore, watch, at, call, of):
     "What one call shows: (name -> sample, or the file that holds them; name -> the name it shares one with)."
-    file = None if self.folder is None else self.folder/f'{at:05d}.safetensors'
+    file = None if self.folder is None else self.folder/f'{at:04d}-of-{of:04d}.safetensors'
     if file is not None and (alias := _alias_in(file)) is not None: return file, alias
     kept, alias = watch.run(call, at, of)
     if file is None: return kept, alias

@@ -15,6 +15,8 @@ import numpy as np
 import pandas as pd
 import torch
 from fastcore.basics import patch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from .aq import Scheme, parse_scheme, stored_bytes
@@ -257,9 +259,7 @@ def table(self:_Analysis, cheap, work_dir):
     table = _read_cache(path)
     todo = [n for n in self.order if table.empty or n not in set(table.layer)]
     if not todo: return _ordered(table, self.names)
-    self.probe = Probe(self.model, self.points, every=2 if self.thorough else 4, quick=cheap)
-    if not cheap: self.probe.truth # of the dense model
-    self.gains = row_gains(self.probe, self.order, seed=self.run.seed, workers=self.run.workers)
+    self.prepare(cheap, None if path is None else path.with_suffix('.safetensors'))
     cost = layer_costs({n: self.layers[n] for n in todo}, .6)
     with self.run.bar(total=len(todo), desc='sensitivity', cost=1.) as bar:
         for rows in self.rows(todo, cheap):
@@ -268,6 +268,25 @@ def table(self:_Analysis, cheap, work_dir):
             if path is not None: write_atomic(path, table.to_csv(index=False).encode())
             bar.worked(sum(cost[n] for n in new.layer.unique()), new.layer.nunique())
     return _ordered(table, self.names)
+
+# %% ../nbs/05_bits/17_laq.ipynb #db51ab56
+@patch
+def prepare(self:_Analysis, cheap, file):
+    "The probe and the gains of rows, which cost many passes of a large model: a file keeps them."
+    try: kept = {} if file is None or not file.exists() else load_file(file)
+    except (SafetensorError, OSError): kept = {}
+    def keep(**new):
+        kept.update({k: t.cpu().contiguous() for k, t in new.items()})
+        if file is not None: write_atomic(file, save(kept))
+    worth = kept['worth'].numpy() if 'worth' in kept else None
+    self.probe = Probe(self.model, self.points, every=2 if self.thorough else 4, quick=cheap, worth=worth)
+    if not cheap: self.probe.truth # of the dense model
+    if worth is None and self.probe.worth is not None: keep(worth=torch.from_numpy(self.probe.worth))
+    if not any(k.startswith('gain ') for k in kept):
+        gains = row_gains(self.probe, self.order, seed=self.run.seed, workers=self.run.workers)
+        keep(**{f'gain {n}': v for n, v in gains.items()})
+    self.gains = {k[5:]: v.to(next(self.model.parameters()).device) for k, v in kept.items()
+                  if k.startswith('gain ')}
 
 # %% ../nbs/05_bits/17_laq.ipynb #bb31107e
 @patch

@@ -17,7 +17,7 @@ from torch import nn
 
 from .core import generator, in_order, single_thread
 from .kaq import by_output, from_output, packable, weight_shape
-from .walk import Recording, answer, merge
+from .walk import Recording, answer, merge, rows_at_once
 
 # %% ../nbs/05_bits/15_probe.ipynb #da9aabb4
 def split_points(
@@ -124,17 +124,18 @@ class Probe:
         every:int=1,      # answers are looked at on every so many steps
         rows=128,         # rows in one forward pass, fewer for a large model
         quick=False,      # True: one trajectory tells what steps are worth
+        worth=None,       # what they are worth, where it is known
     ):
-        rows = min(rows, _rows_at_once(model))
-        calls = [part for c in points if c.step % every == 0 for part in _halved(c, rows)]
+        rows = min(rows, rows_at_once(model))
+        calls = [part for c in points if c.step % every == 0 for part in c.parts(rows)]
         self.model, self.points, self.merged = model, points, merge(calls, rows)
         self.calls = [c.step for c in calls]
         at = sorted(set(self.calls))
         self.steps = [_time_of([c for c in calls if c.step == s], s) for s in at]
         few = points.take(points[-1].trajectory[-1:]) if quick else points
-        with torch.no_grad(), single_thread(): worth = step_weights(model, few, 4 if quick else 2)
-        self.weights = np.ones(len(at)) if worth is None else np.array([worth[min(s, len(worth) - 1)]
-                                                            for s in at])
+        self.worth = step_weights(model, few, 4 if quick else 2) if worth is None else worth
+        if self.worth is None: self.weights = np.ones(len(at))
+        else: self.weights = np.array([self.worth[min(s, len(self.worth) - 1)] for s in at])
 
     @cached_property
     def truth(self): # of the model as it is: ask before its weights are changed
@@ -143,17 +144,6 @@ class Probe:
     def answers(self, model): return [c.guided(answer(model, c)).float() for c, _ in self.merged]
 
     def mean(self, by_step): return float(np.mean(self.weights*by_step))
-
-# %% ../nbs/05_bits/15_probe.ipynb #1b301f3e
-def _rows_at_once(model):
-    "Rows that may go through a model, and back, at once: what they leave behind grows with the model."
-    return max(2, min(128, 2_000_000_000//max(1, sum(p.numel() for p in model.parameters()))))
-
-def _halved(call, rows):
-    "A call in parts of at most so many rows, where it has more than one sample."
-    if call.rows <= rows or call.samples == 1: return [call]
-    n = max(1, rows*call.samples//call.rows)
-    return [call.take(torch.arange(a, min(a + n, call.samples))) for a in range(0, call.samples, n)]
 
 # %% ../nbs/05_bits/15_probe.ipynb #3121dede
 @patch

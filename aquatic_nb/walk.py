@@ -107,6 +107,13 @@ def take(self:Call, index): # index: [k] of samples
 
 # %% ../nbs/02_models/04_walk.ipynb #bd18c317
 @patch
+def parts(self:Call, rows): # rows: int
+    "The call in parts of at most so many rows, one sample at least."
+    if self.rows <= rows or self.samples == 1: return [self]
+    n = max(1, rows*self.samples//self.rows)
+    return [self.take(torch.arange(a, min(a + n, self.samples))) for a in range(0, self.samples, n)]
+
+@patch
 def guided(self:Call, out:Tensor=None) -> Tensor: # out: an answer; None: the recorded one
     "What the scheduler is given, [n, ...]: the answer itself, or both halves put together."
     out = self.out if out is None else out
@@ -777,6 +784,13 @@ def _kept(file):
     except (SafetensorError, OSError, KeyError): return None
 
 # %% ../nbs/02_models/04_walk.ipynb #5ff4fc32
+def rows_at_once(
+    model:nn.Module, # any model
+    most:int=128,    # where it is small
+) -> int:            # 2 or more
+    "Rows that may go through a model at once, and back: what they leave behind grows with the model."
+    return max(2, min(most, 2_000_000_000//max(1, sum(p.numel() for p in model.parameters()))))
+
 @contextmanager
 def helped(
     model:nn.Module, # a denoiser
