@@ -374,10 +374,10 @@ def swap(
     name:str,         # dotted name of the layer
     new:nn.Module,    # what takes its place, and its hooks
 )->nn.Module:         # the model
-    "Replace one submodule."
-    parent, _, leaf = name.rpartition('.')
-    parent = model.get_submodule(parent)
-    old = getattr(parent, leaf)
+    "Replace one submodule, under all of its names."
+    old = model.get_submodule(name)
     if old is not new: _move_hooks(old, new)
-    setattr(parent, leaf, new)
+    for parent in list(model.modules()):
+        for leaf, child in list(parent._modules.items()):
+            if child is old: setattr(parent, leaf, new)
     return model
