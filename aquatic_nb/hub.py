@@ -202,8 +202,8 @@ def _check_finite(model):
     for name, t in model.state_dict().items():
         if not torch.is_tensor(t) or t.is_meta or not t.is_floating_point(): continue
         if not torch.isfinite(t if t.element_size() > 1 else t.float()).all():
-            raise ValueError(f'tensor {name!r} holds NaN or infinity; the checkpoint is damaged, was cast to a '
-                             'dtype too small for it, or training went astray')
+            raise ValueError(f'tensor {name!r} holds NaN or infinity; the checkpoint is damaged, was cast to '
+                             'a dtype too small for it, or training went astray')
 
 def check_savable(
     model, # a diffusers model, dense or packed; a plain module promises nothing here

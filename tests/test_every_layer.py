@@ -248,3 +248,10 @@ def test_odd_layers_are_left_or_named():
     assert list(packed_layers(net)) == ['0'] and 'float8' in quant_report(net).set_index('layer').note['2']
     net = nn.Sequential(nn.Linear(64, 64), Doubled(32, 32))
     with pytest.raises(ValueError, match="nearest possible.*1 stay dense.*'1': Doubled"): quantize(net, 4, calibration=None, **QUICK)
+
+@pytest.mark.parametrize('layer, x', [(nn.Linear(8, 8), (2, 8)), *((cls(8, 8, 3), (2, 8, *[5]*d)) for d, both in CONVS.items() for cls in both)], ids=lambda o: type(o).__name__)
+def test_the_input_may_be_named_as_in_pytorch(layer, x):
+    "UNetMotionModel calls `proj_in(input=x)`."
+    net, x = nn.Sequential(layer), torch.randn(x)
+    pack(net, encode_model(net, {'0': Scheme(1, 8, 1, kind='uniform')}, [dict(input=x)]))
+    assert torch.equal(net[0](input=x), net[0](x))
