@@ -10,6 +10,7 @@ import inspect
 import json
 import math
 import threading
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -105,10 +106,14 @@ def own_scheduler(
     for folder in ((Path(source), Path(source).parent) if source else ()):
         path = folder/'scheduler'/'scheduler_config.json'
         if not path.is_file(): continue
-        name = json.loads(path.read_text(encoding='utf-8')).get('_class_name')
-        kind = getattr(diffusers, str(name), None)
-        if kind is not None:
-            return kind.from_pretrained(path.parent, local_files_only=True), f'{name} of its folder'
+        try:
+            name = json.loads(path.read_text(encoding='utf-8')).get('_class_name')
+            kind = getattr(diffusers, str(name), None)
+            if kind is not None:
+                return kind.from_pretrained(path.parent, local_files_only=True), f'{name} of its folder'
+        except Exception as e: # whatever a damaged file leads to
+            raise ValueError(f'{path}: no scheduler can be made from it ({type(e).__name__}: '
+                             f"{str(e)[:200]}); calibration='auto' walks by it: get the file again") from e
     guess = diffusers.DDIMScheduler(beta_schedule='scaled_linear', beta_start=.0015, beta_end=.0195,
                                     clip_sample=False)
     return guess, 'assumed: scaled linear betas .0015 to .0195, epsilon prediction'
@@ -127,6 +132,16 @@ def _try_auto(model, call):
         raise ValueError(f"calibration='auto': {kind} answers {tuple(out.shape)} to {tuple(x.shape)}, so "
                          f'there is no way from noise to a sample; {_WAYS}')
 
+# %% ../nbs/03_encoder/10_calib.ipynb #52d83468
+@contextmanager
+def _walking(model, scheduler, origin):
+    "ValueError where a scheduler does not lead from noise to a sample by itself."
+    try: yield
+    except torch.OutOfMemoryError: raise
+    except Exception as e: # whatever a scheduler raises where it wants more than an answer
+        raise ValueError(f"calibration='auto': {type(scheduler).__name__} ({origin}) does not walk "
+                         f'{type(model).__name__} ({type(e).__name__}: {str(e)[:200]}); {_WAYS}') from e
+
 # %% ../nbs/03_encoder/10_calib.ipynb #cfa335a7
 def _walk_auto(model, n, steps, run):
     "A walk with made-up conditions."
@@ -140,11 +155,13 @@ def _walk_auto(model, n, steps, run):
                                                          for k in inspect.signature(model.forward).parameters
                                                          if k != 'self')
     noise = torch.randn((n, *_latent_shape(model)), generator=gen)
-    steps = steps_of(scheduler, n, steps, gen)
-    _try_auto(model, Call({sample_name: noise.to(next(model.parameters())), 'timestep': steps.time(0),
-                           **condition}).take([0]))
-    return record_walk(model, steps, noise, condition, sample_name=sample_name, run=run,
-                       desc=f'calibration walk ({origin})')
+    with _walking(model, scheduler, origin):
+        steps = steps_of(scheduler, n, steps, gen)
+        start = {sample_name: noise.to(next(model.parameters())), 'timestep': steps.time(0)}
+    _try_auto(model, Call({**start, **condition}).take([0]))
+    with _walking(model, scheduler, origin):
+        return record_walk(model, steps, noise, condition, sample_name=sample_name, run=run,
+                           desc=f'calibration walk ({origin})')
 
 # %% ../nbs/03_encoder/10_calib.ipynb #c582196d
 def calibration_batches(
@@ -162,9 +179,10 @@ def calibration_batches(
     run = Run(seed=seed, progress=progress)
     if isinstance(calibration, str) and calibration == 'auto': return _walk_auto(model, n, steps, run)
     if isinstance(calibration, (str, list, tuple, dict)): return as_calls(model, calibration)
-    if inspect.isfunction(calibration) or inspect.ismethod(calibration):
+    pipe = hasattr(calibration, 'components')
+    if callable(calibration) and not pipe and not isinstance(calibration, nn.Module):
         return record_inputs(model, calibration)
-    if not hasattr(calibration, 'components'):
+    if not pipe:
         raise TypeError(f"calibration={type(calibration).__name__}, expected a list of input dicts, a "
                         f"function that runs the model, "
                         "a diffusers pipeline or 'auto'")

@@ -197,10 +197,19 @@ def _check_hooks(model):
         '(accelerate.hooks.remove_hook_from_submodules), or load the model')
 
 # %% ../nbs/08_files/23_hub.ipynb #cf8f83b7
+def _check_finite(model):
+    "ValueError where a tensor holds NaN or infinity: loading would refuse it."
+    for name, t in model.state_dict().items():
+        if not torch.is_tensor(t) or t.is_meta or not t.is_floating_point(): continue
+        if not torch.isfinite(t if t.element_size() > 1 else t.float()).all():
+            raise ValueError(f'tensor {name!r} holds NaN or infinity; the checkpoint is damaged, was cast to '
+                             'a dtype too small for it, or training went astray')
+
 def check_savable(
     model, # a diffusers model, dense or packed; a plain module promises nothing here
 )->None:
     "ValueError where `from_pretrained` could not open what `save_pretrained` would write; says what helps."
+    _check_finite(model)
     if not hasattr(model, 'save_config'): return
     _check_hooks(model)
     for n, m in model.named_modules() if not packed_layers(model) else ():
@@ -461,12 +470,16 @@ def load_quantized(
     cls, path = model_class(folder), Path(folder)/'config.json'
     _check_entry(path, StoredModel(weight_files(folder, kwargs.get('variant'))))
     own = dict(local_files_only=True, use_safetensors=True, low_cpu_mem_usage=True)
-    try: return cls.from_pretrained(folder, **own, **kwargs)
+    try: model = cls.from_pretrained(folder, **own, **kwargs)
     except torch.cuda.OutOfMemoryError: raise    # the device's fault, not the file's
     except _INSIDE as e:
         raise ValueError(
             f'{path}: no {cls.__name__} can be built from it ({type(e).__name__}: {str(e)[:200]}); get the '
             'file again') from e
+    empty = [k for k, t in model.state_dict().items() if t.is_meta]
+    if empty: raise ValueError(f'{str(folder)!r}: tensor {empty[0]!r} of {cls.__name__} is in none of its '
+                               f'weight files ({len(empty)} such); get them again')
+    return model
 
 # %% ../nbs/08_files/23_hub.ipynb #b09a26b0
 def check_replaceable(
@@ -484,6 +497,7 @@ def check_replaceable(
 # %% ../nbs/08_files/23_hub.ipynb #330b21d4
 def _write_plain(model, folder, kwargs):
     "A plain module's packed layers and other tensors; no code."
+    _check_finite(model)
     entry, kind, state = _entry_of(model).to_dict(), type(model), model.state_dict()
     if kwargs: raise TypeError(f'save_quantized: {next(iter(kwargs))!r} is for models of diffusers; '
                                f'{kind.__name__} is a plain module')

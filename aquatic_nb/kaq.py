@@ -37,24 +37,44 @@ def why_dense(
             else 'neither a convolution nor a linear layer'
         return f'{kind.__name__} is {what}'
     w = module.weight
-    if not w.is_floating_point(): return f'its weight has dtype {w.dtype}, expected a floating dtype'
+    if not w.is_floating_point() or w.element_size() < 2:
+        return f'its weight has dtype {w.dtype}, expected float32, float16, bfloat16 or float64'
     if w.numel() == 0: return f'its weight is empty, shape {tuple(w.shape)}'
     return None
 
 # %% ../nbs/01_theory/02_kaq.ipynb #53d11bdc
+def tied_weights(
+    model:nn.Module, # any module
+)->dict:             # name of a convolution or linear layer -> a name of the same weight elsewhere
+    "Layers whose weight is a parameter of other modules, too; they stay as they are, and so tied."
+    owners = {}
+    for n, m in model.named_modules():
+        for k, p in m._parameters.items():
+            if p is not None: owners.setdefault(id(p), []).append((n, m, k))
+    many = [o for o in owners.values() if len(o) > 1]
+    return {n: '.'.join(next((a, b) for a, _, b in o if a != n)) for o in many
+            for n, m, k in o if isinstance(m, PACKED) and k == 'weight'}
+
+# %% ../nbs/01_theory/02_kaq.ipynb #53d11bdd
 def packable(
     model:nn.Module, # any module
 )->dict:             # name -> layer, in registration order; a module used twice appears once
     "The layers of a model that can be packed."
-    return {n: m for n, m in model.named_modules() if why_dense(m) is None}
+    tied = tied_weights(model)
+    return {n: m for n, m in model.named_modules() if why_dense(m) is None and n not in tied}
 
 def weighty(
     model:nn.Module, # any module
 )->dict:             # name -> layer that is not packed: the packable ones, and those that stay dense
     "The convolutions and linear layers of a model, whose weights are what bits are counted over."
-    kinds = (nn.Linear, _ConvNd)
-    return {n: m for n, m in model.named_modules() if isinstance(m, kinds) and 'scales' not in m._parameters
-            and isinstance(getattr(m, 'weight', None), Tensor)}
+    seen, out = set(), {}
+    for n, m in model.named_modules():
+        if not isinstance(m, (nn.Linear, _ConvNd)) or 'scales' in m._parameters: continue
+        w = getattr(m, 'weight', None)
+        if not isinstance(w, Tensor) or not w.numel() or id(m._parameters.get('weight', m)) in seen: continue
+        seen.add(id(m._parameters.get('weight', m)))       # a tied weight is stored once, and counts once
+        out[n] = m
+    return out
 
 # %% ../nbs/01_theory/02_kaq.ipynb #a13046c6
 def weight_shape(

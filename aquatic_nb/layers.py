@@ -207,7 +207,8 @@ def steady_kernels():
 
 # %% ../nbs/04_layers/12_layers.ipynb #c3ffc2e5
 @patch
-def forward(self:AQLayer, x):
+def forward(self:AQLayer, input):
+    x = input                                              # named as in PyTorch, for those who name it
     if why_not_plain(self, x) is None:
         for plan in _plans:
             y = plan(self, x)
@@ -271,8 +272,8 @@ class AQConv3d(AQLayer, nn.Conv3d):
 
 class _Transposed(AQLayer):
     "What packed transposed convolutions have in common."
-    def forward(self, x, output_size=None):
-        x = x if self.act is None else self.act(x)
+    def forward(self, input, output_size=None):
+        x = input if self.act is None else self.act(input)
         return self.dense(x, self.decoded, output_size)
 
     def dense(self, x, weight, output_size=None):
@@ -374,10 +375,10 @@ def swap(
     name:str,         # dotted name of the layer
     new:nn.Module,    # what takes its place, and its hooks
 )->nn.Module:         # the model
-    "Replace one submodule."
-    parent, _, leaf = name.rpartition('.')
-    parent = model.get_submodule(parent)
-    old = getattr(parent, leaf)
+    "Replace one submodule, under all of its names."
+    old = model.get_submodule(name)
     if old is not new: _move_hooks(old, new)
-    setattr(parent, leaf, new)
+    for parent in list(model.modules()):
+        for leaf, child in list(parent._modules.items()):
+            if child is old: setattr(parent, leaf, new)
     return model

@@ -27,7 +27,7 @@ from .calib import execution_order, input_moments, moment_bytes, waves
 from .core import Run, digest, write_atomic
 from .encode import Unstorable, encode_rows, relative_error, storable, to_aq
 from .kaq import (by_output, catalogue, from_output, layer_kind, natural_group_size,
-                            packable, weight_shape, weighty, why_dense)
+                            packable, tied_weights, weight_shape, weighty, why_dense)
 from .laq import layer_costs, learn_shared
 from .layers import AQLayer, from_aq, packed_layers, stored_sizes, swap
 from .menu import effective_bits
@@ -97,10 +97,13 @@ def weights_of(
 )->Weights:
     "Every weight that counts, and what can't be packed."
     layers = weighty(model)
-    why = {n: why_dense(m) or _why_unstorable(m.weight) for n, m in layers.items()}
+    tied = tied_weights(model)
+    why = {n: why_dense(m) or _why_tied(tied.get(n)) or _why_unstorable(m.weight) for n, m in layers.items()}
     sizes = {n: m.weight.element_size() for n, m in layers.items()}
     shapes = {n: weight_shape(m) for n, m in layers.items()}
     return Weights(shapes, sizes, {n: w for n, w in why.items() if w})
+
+def _why_tied(other): return other and f'its weight is also {other!r}, and stays so'
 
 def _why_unstorable(weight):
     if weight.is_meta or storable(weight): return None
@@ -114,7 +117,11 @@ def choose_uniform(
 )->dict:                   # name -> Scheme or 'dense', for every convolution and linear layer
     "`uniform_plan` of a model's weights."
     fixed = {**(fixed or {}), **dict.fromkeys(w.stay, 'dense')}
-    return uniform_plan(w.shapes, bits, fixed, codebook_dtype, w.sizes)
+    try: return uniform_plan(w.shapes, bits, fixed, codebook_dtype, w.sizes)
+    except ValueError as e:
+        if not w.stay: raise
+        name, why = next(iter(w.stay.items()))
+        raise ValueError(f'{e}, where {len(w.stay)} stay dense (as {name!r}: {why})') from None
 
 # %% ../nbs/06_packing/18_pack.ipynb #ad8b20f0
 class WorkDir:
@@ -327,14 +334,14 @@ CHECK = []    # functions of a dense model, called before all work; they raise w
 FINISH = []   # functions of (model, bits asked for), called when everything is packed and tuned
 
 # %% ../nbs/06_packing/18_pack.ipynb #6742548e
-def _row(name, module, sizes):
+def _row(name, module, sizes, stay):
     "One line of the report, for a packed layer or one that stays dense."
     if isinstance(module, AQLayer):
         shape, size = tuple(module.weight_shape), sizes[name]
         return (name, layer_kind(name), shape, str(module.scheme), size*8/math.prod(shape),
                 module.scheme.code_bits, size,
                 module.info.get('error', math.nan), module.info.get('seconds', math.nan), '')
-    w, note = module.weight, why_dense(module) or _why_unstorable(module.weight) or ''
+    w, note = module.weight, stay.get(name, '')
     bits = 8.*w.element_size()
     return name, layer_kind(name), weight_shape(module), 'dense', bits, bits, w.nbytes, 0., 0., note
 
@@ -348,7 +355,8 @@ def quant_report(
     "One row a layer; `.attrs` has the totals: bits over conv and linear weights, and over all parameters."
     sizes = stored_sizes(model)
     dense, packed = weighty(model), packed_layers(model)
-    rows = [_row(n, m, sizes) for n, m in model.named_modules() if n in dense or n in packed]
+    stay = weights_of(model).stay
+    rows = [_row(n, m, sizes, stay) for n, m in model.named_modules() if n in dense or n in packed]
     columns = ['layer', 'kind', 'shape', 'scheme', 'bits', 'code_bits', 'bytes', 'error', 'seconds', 'note']
     table = pd.DataFrame(rows, columns=columns)
     weights, size = int(sum(math.prod(s) for s in table['shape'])), int(table['bytes'].sum())

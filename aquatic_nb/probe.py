@@ -153,7 +153,7 @@ def by_step(self:Probe, change, model=None):
     found, model, known = [], self.model if model is None else model, self.truth
     with single_thread(), weights_changed(model, change):
         for (_, spans), truth, out in zip(self.merged, known, self.answers(model)):
-            err = (out - truth).pow(2).flatten(1).mean(1)
+            err = (out - truth).pow(2).reshape(spans[-1][1], -1).mean(1)
             found += [float(err[a:b].mean()) for a, b in spans]
     return [float(np.mean([e for e, s in zip(found, self.calls) if s == at]))
             for at in sorted(set(self.calls))]

@@ -48,6 +48,8 @@ def _check_model(model):
     if not layers and not packed: raise ValueError(f'{kind} has {_NOTHING}')
     if packed: raise ValueError(f'the model is already quantized ({len(packed)} packed layers); call '
                                 f'hub.dequantize first')
+    if '' in layers: raise ValueError(f'model is itself a {kind}, which no module holds; give '
+                                      'nn.Sequential(model)')
     for n, m in layers.items():
         if why := why_not_replaced(m): raise ValueError(f'layer {n!r}: {why}')
         if m.weight.is_meta: raise ValueError(f'layer {n!r} has no weights (meta device); load the model '

@@ -134,7 +134,11 @@ def empty_model(
     if found := config.get('quantization_config'):
         method = found.get('quant_method')
         raise ValueError(f'{str(folder)!r} is already quantized ({method}); give the dense model')
-    with init_empty_weights(): model = cls.from_config(config)
+    try:
+        with init_empty_weights(): model = cls.from_config(config)
+    except Exception as e: # whatever a class's own constructor may raise
+        raise ValueError(f'{str(folder/"config.json")!r}: no {cls.__name__} can be built from it '
+                         f'({type(e).__name__}: {str(e)[:200]}); get the file again') from e
     if source.config is not None: _check_file(source.path, model, folder)
     return model
 

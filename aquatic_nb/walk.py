@@ -62,6 +62,16 @@ def _has_rows(t, name, rows):
     if len(t) == rows: return 1
     return len(t)//rows if name in _MANY_A_ROW and rows and len(t) % rows == 0 else 0
 
+def _is_list(v): return isinstance(v, (list, tuple)) and len(v) > 0 and all(map(torch.is_tensor, v))
+
+def _listed(inputs):
+    "Samples of a call that has lists with a tensor for each, and no batch; 0 where tensors have a batch."
+    most = lambda v: max((t.dim() for _, t in _tensors(v)), default=-1)
+    own = {k: v for k, v in inputs.items() if k not in _WITHOUT_ROWS}
+    lists = [v for v in own.values() if _is_list(v)]
+    rest = {k: v for k, v in own.items() if not _is_list(v)}
+    return len(max(lists, key=most)) if lists and most(lists) > most(rest) else 0
+
 # %% ../nbs/02_models/04_walk.ipynb #d7d73b0c
 class Call(dict):
     "One call of a denoiser: its arguments by name, its answer, and what the rows are."
@@ -71,15 +81,18 @@ class Call(dict):
         step:int=0,          # step of the walk, from 0
         guidance_scale=None, # [n]: rows 0..n-1 without the condition, n..2n-1 with it; None: rows are samples
         trajectory=None,     # [n] int64, which trajectory each sample belongs to; None: 0..n-1
+        whole=False,         # True: rows cannot be told apart, and the call counts as one sample
     ):
         super().__init__(inputs)
-        self.out, self.step, self.guidance_scale = out, step, guidance_scale
+        self.out, self.step, self.guidance_scale, self.whole = out, step, guidance_scale, whole
         self.trajectory = torch.arange(self.samples) if trajectory is None else trajectory
 
 # %% ../nbs/02_models/04_walk.ipynb #c1da4f8b
 @patch(as_prop=True)
 def rows(self:Call) -> int:
-    "Rows of the batch: of the argument with the most dimensions."
+    "Rows of the batch: of the argument with the most dimensions, or samples in its list."
+    if self.whole: return 1
+    if listed := _listed(self): return listed
     found = [t for k, t in _tensors(dict(self)) if t.dim() and k not in _WITHOUT_ROWS]
     return len(max(found, key=lambda t: t.dim())) if found else 1
 
@@ -91,25 +104,33 @@ def timestep(self:Call):
     "The samples' timesteps, [n] float32; None where the model takes none."
     t = next((self[k] for k in TIME_NAMES if self.get(k) is not None), None)
     if t is None: return None
-    return torch.as_tensor(t).detach().float().reshape(-1).cpu().expand(self.rows)[:self.samples]
+    t = torch.as_tensor(t).detach().float().reshape(-1).cpu()
+    if self.whole: return t.mean()[None]
+    return (t if len(t) in (1, self.rows) else t.mean()[None]).expand(self.rows)[:self.samples]
 
 # %% ../nbs/02_models/04_walk.ipynb #d28a476b
 @patch
 def take(self:Call, index): # index: [k] of samples
     "The same call for some of its samples."
+    if self.whole: return Call(dict(self), self.out, self.step, None, self.trajectory, True)
     index, rows, n = torch.as_tensor(index, dtype=torch.long), self.rows, self.samples
+    listed = _listed(self)
     at = torch.cat([index, index + n]) if self.guidance_scale is not None else index
     def cut(t, name):
         k = _has_rows(t, name, rows)
         return t if not k else t.unflatten(0, (rows, k))[at.to(t.device)].flatten(0, 1)
+    def part(v, name):
+        if not (listed and _is_list(v) and len(v) == rows): return nested(cut, v, name)
+        return type(v)(v[i] for i in at.tolist())
+    inputs = {k: part(v, k) for k, v in self.items()}
     scale = None if self.guidance_scale is None else self.guidance_scale[index]
-    return Call(nested(cut, dict(self)), nested(cut, self.out), self.step, scale, self.trajectory[index])
+    return Call(inputs, nested(cut, self.out), self.step, scale, self.trajectory[index])
 
 # %% ../nbs/02_models/04_walk.ipynb #bd18c317
 @patch
 def parts(self:Call, rows): # rows: int
-    "The call in parts of at most so many rows, one sample at least."
-    if self.rows <= rows or self.samples == 1: return [self]
+    "The call in parts of at most so many rows, one sample at least; one that is kept whole stays so."
+    if self.rows <= rows or self.samples == 1 or self.whole: return [self]
     n = max(1, rows*self.samples//self.rows)
     return [self.take(torch.arange(a, min(a + n, self.samples))) for a in range(0, self.samples, n)]
 
@@ -127,33 +148,46 @@ def answer(
     call,            # its arguments, a `Call` or any dictionary
 ) -> Tensor:         # its first output
     "Call a model; TypeError where it returns no tensor."
-    return _first(model(**call), model)
+    return _first(model(**call), model, _listed(call))
 
-def _first(out, model):
+# %% ../nbs/02_models/04_walk.ipynb #76ca1de5
+def _place(out):
+    "Where an output holds what comes first: a key or an index."
+    if not isinstance(out, Mapping): return 0
+    return 'sample' if 'sample' in out else next(iter(out), None)
+
+def _first(out, model, listed=0): # listed: samples, where each has a tensor of its own
     "What an output holds first."
     if torch.is_tensor(out): return out
-    found = getattr(out, 'sample', None)
-    if torch.is_tensor(found): return found
-    found = _tensors(dict(out) if isinstance(out, Mapping) else out if isinstance(out, (list, tuple))
-                     else None)
+    if torch.is_tensor(found := getattr(out, 'sample', None)): return found
+    values = out if isinstance(out, (Mapping, list, tuple)) and len(out) else [None]
+    each = values[_place(values)] if listed != len(values) or not _is_list(values) else values
+    if listed and _is_list(each) and len(each) == listed and len({t.shape for t in each}) == 1:
+        return torch.stack(list(each))
+    found = _tensors(dict(values) if isinstance(values, Mapping) else values)
     if not found: raise TypeError(f'{type(model).__name__} returned {type(out).__name__}, in which there is '
                                   f'no tensor; '
                                   'wrap it in a module whose forward returns the tensor that matters')
     return found[0][1]
 
-def _with(out, old, new):
-    "An output of the same form, with another tensor in the place of one."
-    swapped = nested(lambda t, name: new if t is old else t, out)
-    if isinstance(out, Mapping) and type(out) is not dict: return type(out)(**swapped)
-    if swapped is not out: return swapped
-    swapped = copy.copy(out)
-    swapped.sample = new
-    return swapped
+# %% ../nbs/02_models/04_walk.ipynb #76ca1de6
+def _replaced(out, new):
+    "An output with another tensor in the place of what comes first; None where that lies deeper."
+    if torch.is_tensor(out): return new
+    if not isinstance(out, (Mapping, list, tuple)) or not len(out): return None
+    place = _place(out)
+    old = out[place]
+    if not (torch.is_tensor(old) or _is_list(old) and len(old) == len(new)): return None
+    new = new if torch.is_tensor(old) else type(old)(new.unbind())
+    if isinstance(out, Mapping): return type(out)(**{**out, place: new})
+    if hasattr(out, '_fields'): return out._replace(**{out._fields[0]: new})
+    return type(out)((new, *out[1:]))
 
 # %% ../nbs/02_models/04_walk.ipynb #f593cc0d
 def _alike(a, b, ra, rb, name=''):
     "Can two arguments be put below each other?"
-    if name in TIME_NAMES: return True
+    if name in TIME_NAMES and a is not None and b is not None: # one for all may stand below one for each
+        return len({torch.as_tensor(o).shape[1:] for o in (a, b)}) == 1
     if torch.is_tensor(a) and torch.is_tensor(b):
         ka, kb = _has_rows(a, name, ra), _has_rows(b, name, rb)
         if ka != kb: return False
@@ -171,8 +205,8 @@ def _below(values, calls, guided, name=''):
     v = values[0]
     if name in TIME_NAMES and v is not None:
         like = next(t for _, t in _tensors(dict(calls[0])))
-        times = [torch.as_tensor(o, device=like.device).reshape(-1).expand(c.rows) for o,
-                 c in zip(values, calls)]
+        times = [torch.as_tensor(o, device=like.device) for o in values]
+        times = [t.reshape(-1).expand(c.rows) if t.numel() == 1 else t for t, c in zip(times, calls)]
     elif isinstance(v, Mapping): return {k: _below([o[k] for o in values], calls, guided, k) for k in v}
     elif isinstance(v, (list, tuple)):
         return type(v)(_below(list(o), calls, guided, name) for o in zip(*values))
@@ -214,26 +248,34 @@ def merge(
 
 def _mergeable(a, b):
     "Do two calls have one form?"
+    if a.whole or b.whole or _listed(a) or _listed(b): return False
     if (a.guidance_scale is None) != (b.guidance_scale is None) or a.keys() != b.keys(): return False
     return all(_alike(a[k], b[k], a.rows, b.rows, k) for k in a)
 
 # %% ../nbs/02_models/04_walk.ipynb #43aaa960
 def as_calls(
     model:nn.Module, # the model that takes the arguments
-    given,           # list of dictionaries, of pairs (args, kwargs), or of Call
+    given,           # list of dictionaries, of pairs (args, kwargs), or of Call; or a single one
 ) -> list:           # a `Recording` of them, which cannot be run again
     "Ready-made inputs as calls; TypeError or ValueError names the entry that cannot be one."
-    if isinstance(given, (str, Mapping)) or not isinstance(given, (list, tuple)) or not given:
-        raise ValueError('calibration: expected a non-empty list of dicts of forward inputs, or of pairs '
-                         '(args, kwargs)')
-    return given if isinstance(given, Recording) else Recording(_as_call(model, i, o) for i,
-                                                            o in enumerate(given))
+    if isinstance(given, Mapping) or _is_pair(given): given = [given]
+    if not isinstance(given, (list, tuple)) or not given:
+        raise ValueError(f'calibration: {str(given)[:40]!r}, expected a non-empty list of dicts of forward '
+                         'inputs, or of pairs (args, kwargs)')
+    if isinstance(given, Recording): return given
+    calls = [_as_call(model, i, o) for i, o in enumerate(given)]
+    new = [i for i, o in enumerate(given) if not isinstance(o, Call)]
+    _try_rows(model, {i: calls[i] for i in new})
+    return Recording(calls)
 
 # %% ../nbs/02_models/04_walk.ipynb #339a749f
+def _is_pair(o):
+    return isinstance(o, (list, tuple)) and len(o) == 2 and isinstance(o[0], (list, tuple)) \
+        and isinstance(o[1], Mapping)
+
 def _as_call(model, i, o):
     if isinstance(o, Call): return o
-    pair = isinstance(o, (list, tuple)) and len(o) == 2 and isinstance(o[0],
-                                                            (list, tuple)) and isinstance(o[1], Mapping)
+    pair = _is_pair(o)
     if not pair and not isinstance(o, Mapping):
         raise ValueError(f'calibration: entry {i} is a {type(o).__name__}, expected a dict of forward '
                          f'inputs or a pair (args, kwargs)')
@@ -249,6 +291,53 @@ def _as_call(model, i, o):
     home = next((p.device for p in model.parameters()), torch.device('meta'))
     def follow(t, name): return t.to(home) if t.device.type == 'cpu' and home.type != 'meta' else t
     return Call(nested(follow, {k: v for k, v in named.items() if k != 'return_dict'}), step=i)
+
+# %% ../nbs/02_models/04_walk.ipynb #5b1e2a01
+_FROM_BELOW = (TypeError, ValueError, AttributeError, KeyError, IndexError, RuntimeError)
+
+@contextmanager
+def _settled(model):
+    "The model in eval mode, without gradients, for the time of a block."
+    training = [m for m in model.modules() if m.training]
+    for m in training: m.training = False
+    try:
+        with torch.no_grad(): yield
+    finally:
+        for m in training: m.training = True
+
+def _alone(model, call, out):
+    "Is the first sample answered by itself as it is among the others?"
+    if call.rows == 1: return True
+    if len(out) != call.rows: return False
+    at = [0] if call.guidance_scale is None else [0, call.samples]
+    try: one = answer(model, call.take([0]))
+    except torch.OutOfMemoryError: raise
+    except _FROM_BELOW: return False
+    want = out[at].float()
+    return one.shape == want.shape and bool((one.float() - want).norm() <= .05*want.norm())
+
+# %% ../nbs/02_models/04_walk.ipynb #5b1e2a02
+def _form(call):
+    "What tells calls apart, but for the numbers in their tensors."
+    rest = {k: v for k, v in call.items() if isinstance(v, (int, float, str, bool)) and k not in TIME_NAMES}
+    return str([(k, tuple(t.shape), t.dtype) for k, t in _tensors(dict(call))]), str(rest)
+
+def _try_rows(model, calls): # calls: name or number -> Call
+    "Keep calls whole whose rows are not independent; ValueError where the model does not take one."
+    if any(p.is_meta for p in model.parameters()): return
+    alone = {}
+    with _settled(model):
+        for i, call in calls.items():
+            if (form := _form(call)) not in alone:
+                try: out = call.out if call.out is not None else answer(model, call)
+                except torch.OutOfMemoryError: raise
+                except _FROM_BELOW as e:
+                    raise ValueError(f'calibration: entry {i} does not run in {type(model).__name__} '
+                                     f'({type(e).__name__}: {str(e)[:300]}); give what its forward takes, '
+                                     'in the dtype of the model') from e
+                alone[form] = _alone(model, call, out)
+            if not alone[form]:
+                call.whole, call.guidance_scale, call.trajectory = True, None, call.trajectory[:1]
 
 # %% ../nbs/02_models/04_walk.ipynb #6ad9c399
 def to_epsilon(
@@ -287,7 +376,8 @@ class DDIMSteps:
         eta:float=0.,     # share of fresh noise
         seed:int=0,       # of that noise
     ):
-        self.abar, self.kind = scheduler.alphas_cumprod.float().cpu(), scheduler.config.prediction_type
+        self.abar = scheduler.alphas_cumprod.float().cpu()
+        self.kind = scheduler.config.get('prediction_type', 'epsilon')
         self.timesteps, self.eta, self.seed = timesteps, eta, seed
         self.index, self.n = None, timesteps.shape[1]
 
@@ -335,7 +425,9 @@ class SchedulerSteps:
         takes = inspect.signature(scheduler.step).parameters
         self.options = {k: v for k, v in dict(eta=eta, generator=generator).items() if k in takes
                         and v is not None}
-        scheduler.set_timesteps(steps, device=device)
+        self.more = {} if not scheduler.config.get('use_dynamic_shifting') else dict(
+            mu=scheduler.config.get('base_shift', .5)) # which the smallest pictures have
+        self.reset()
 
     def __len__(self): return len(self.scheduler.timesteps)
     def time(self, i): return self.scheduler.timesteps[i]
@@ -345,8 +437,12 @@ class SchedulerSteps:
 
 # %% ../nbs/02_models/04_walk.ipynb #56bdb019
 @patch
+def reset(self:SchedulerSteps):
+    self.scheduler.set_timesteps(self.steps, device=self.device, **self.more)
+
+@patch
 def begin(self:SchedulerSteps, noise): # the noise at the size that the scheduler starts from
-    self.scheduler.set_timesteps(self.steps, device=self.device)
+    self.reset()
     return noise*getattr(self.scheduler, 'init_noise_sigma', 1.)
 
 @patch
@@ -368,7 +464,8 @@ def steps_of(
     if getattr(scheduler, 'alphas_cumprod', None) is None or kind not in ('epsilon', 'v_prediction',
                                                             'sample'):
         return SchedulerSteps(scheduler, steps, eta)
-    times = shifted_timesteps(n, steps, len(scheduler.alphas_cumprod), generator)
+    trained = len(scheduler.alphas_cumprod)
+    times = shifted_timesteps(n, min(steps, trained), trained, generator)
     return DDIMSteps(scheduler, times, eta, seed)
 
 # %% ../nbs/02_models/04_walk.ipynb #753140fe
@@ -453,7 +550,8 @@ def take(self:Recording, trajectories):
         at += len(mine)
         kept = [c.take(k) for c in mine if len(k := keep(c))]
         calls += kept
-        if run and kept: runs.append(run.take(keep(mine[0])))
+        ids = dict.fromkeys(mine[0].trajectory.tolist()) if mine else ()
+        if run and kept: runs.append(run.take(torch.tensor([i for i, t in enumerate(ids) if t in wanted])))
     return Recording(calls, runs)
 
 # %% ../nbs/02_models/04_walk.ipynb #d206db12
@@ -483,7 +581,7 @@ def again(self:_OwnRun, answers, model):
                                           DDIMSteps)  # other schedulers may remember earlier steps
     first = min(answers, default=0) if middle else 0
     if not first and not isinstance(self.steps, DDIMSteps):
-        self.steps.scheduler.set_timesteps(self.steps.steps)
+        self.steps.reset()
     condition, null, scale = self.conditions
     known = answers if middle or model is not None else {**{i: None for i in range(self.n_calls)},
                                                         **answers}
@@ -549,7 +647,7 @@ class _Tap:
     pipe_scale = 4. # what DiTPipeline is called with here
     def __init__(self, pipe, model, trajectory, answers=None):
         self.pipe, self.model, self.trajectory = pipe, model, trajectory
-        self.answers, self.calls = answers or {}, []
+        self.answers, self.calls, self.deep, self.asked = answers or {}, [], False, None
         self.names = [p for p in inspect.signature(model.forward).parameters if p != 'self']
 
     def __exit__(self, *args): self.handle.remove()
@@ -565,8 +663,9 @@ def see(self:_Tap, module, args, kwargs, out):
     keep = lambda t, name: t.detach().clone()
     inputs = nested(keep, {k: v for k, v in {**dict(zip(self.names, args)), **kwargs}.items()
                            if k != 'return_dict'})
-    value = _first(out, module)
-    call = self.ordered(Call(inputs, value.detach().clone()))
+    value = _first(out, module, _listed(inputs)).detach()
+    self.deep |= _replaced(out, value) is None
+    call = self.ordered(Call(inputs, value.clone()))
     at, before = len(self.calls), self.calls[-1] if self.calls else None
     same = before is not None and before.timestep is not None and torch.equal(before.timestep[:1],
                                                         call.timestep[:1])
@@ -574,8 +673,8 @@ def see(self:_Tap, module, args, kwargs, out):
     self.calls.append(call)
     if at not in self.answers: return None
     new = self.answers[at].to(value)
-    turned = call.guidance_scale is not None and self.reversed
-    return _with(out, value, new.roll(len(new)//2, 0) if turned else new)
+    new = new.roll(len(new)//2, 0) if call.guidance_scale is not None and self.reversed else new
+    return _replaced(out, new)
 
 # %% ../nbs/02_models/04_walk.ipynb #020acc78
 @patch(as_prop=True)
@@ -583,20 +682,32 @@ def reversed(self:_Tap): return type(self.pipe).__name__ in _CONDITION_FIRST
 
 # %% ../nbs/02_models/04_walk.ipynb #35742d3d
 @patch
+def scale(self:_Tap):
+    "The guidance scale of the run that is recorded, or None."
+    found = self.pipe_scale if self.reversed else getattr(self.pipe, 'guidance_scale', self.asked)
+    return float(found) if isinstance(found, (int, float)) else None
+
+@patch
+def guides(self:_Tap, rows):
+    "Does the pipeline put rows without the condition and rows with it into one batch?"
+    if self.reversed: return self.pipe_scale > 1
+    told = getattr(self.pipe, 'do_classifier_free_guidance', None)
+    return told is True or told is None and rows == 2*len(self.trajectory)
+
+# %% ../nbs/02_models/04_walk.ipynb #35742d3e
+@patch
 def ordered(self:_Tap, call):
     "The call with its rows known: halves of guidance, without the condition first, or samples."
-    scale = getattr(self.pipe, 'guidance_scale', None) if not self.reversed else self.pipe_scale
-    on = self.reversed and self.pipe_scale > 1 or getattr(self.pipe, 'do_classifier_free_guidance',
-                                                        False) is True
-    x = max((t for _, t in _tensors(dict(call)) if t.dim()), key=lambda t: t.dim())
-    n = len(x)//2
-    if on and len(x) == 2*n and n and torch.equal(x[:n], x[n:]) and isinstance(scale, (int, float)):
+    scale, rows, known = self.scale(), call.rows, self.trajectory
+    x, n = max((t for _, t in _tensors(dict(call)) if t.dim()), key=lambda t: t.dim()), rows//2
+    halves = n and len(x) == rows == 2*n and torch.equal(x[:n], x[n:]) and not _listed(call)
+    if halves and scale is not None and self.guides(rows):
         if self.reversed:
             turn = lambda t, k: t.roll(len(t)//2, 0) if _has_rows(t, k, len(x)) else t
             call = Call(nested(turn, dict(call)), nested(turn, call.out))
-        call.guidance_scale = torch.full((n,), float(scale))
-    n, known = call.samples, self.trajectory
-    call.trajectory = known[:n] if n <= len(known) else torch.arange(n)
+        call.guidance_scale = torch.full((n,), scale)
+    at = torch.arange(call.samples)
+    call.trajectory = known[at % len(known)] if len(known) else at
     return call
 
 # %% ../nbs/02_models/04_walk.ipynb #8d0ae4bf
@@ -604,25 +715,40 @@ class _PipelineRun:
     "A pipeline's run that can be run again."
     def __init__(self, pipe, model, arguments, trajectory):
         self.pipe, self.model, self.arguments, self.trajectory = pipe, model, arguments, trajectory
-        self.index, self.outs, self.n_calls, self.end = None, [], 0, None
+        self.index, self.outs, self.n_calls, self.end, self.places = None, [], 0, None, []
 
 # %% ../nbs/02_models/04_walk.ipynb #e42eca7a
 @patch
 def run(self:_PipelineRun, answers=None):
-    given = dict(self.arguments)
+    "The hook with the calls, and where the samples end."
+    given, names = dict(self.arguments), inspect.signature(self.pipe.__call__).parameters
     if 'generator' in given: given['generator'] = generator(given['generator'], 'pipeline')
     with torch.no_grad(), _Tap(self.pipe, self.model, self.trajectory, answers) as tap:
+        if 'guidance_scale' in names: tap.asked = given.get('guidance_scale', names['guidance_scale'].default)
         found = self.pipe(**given)
     end = found[0] if not torch.is_tensor(found) else found
     if not torch.is_tensor(end):
         end = torch.as_tensor(end) if not isinstance(end, list) else torch.zeros(len(self.trajectory), 1)
-    return tap.calls, end.detach().float().cpu()
+    return tap, _for_each(end.detach().float().cpu(), len(self.trajectory))
 
+def _for_each(end, n):
+    "What a run ends with, a row for each of n samples; zeros where that can't be told."
+    if not end.dim() or len(end) % n: return torch.zeros(n, 1)
+    return end if len(end) == n else end.unflatten(0, (-1, n)).transpose(0, 1)
+
+# %% ../nbs/02_models/04_walk.ipynb #e42eca7b
 @patch
 def record(self:_PipelineRun):
-    calls, self.end = self.run()
-    self.outs, self.n_calls = [c.out for c in calls], len(calls)
-    return calls
+    tap, self.end = self.run()
+    self.outs, self.n_calls = [c.out for c in tap.calls], len(tap.calls)
+    _try_rows(self.model, dict(enumerate(tap.calls)))
+    self.places = [(c.trajectory, c.guidance_scale is not None) for c in tap.calls]
+    return tap.calls, not tap.deep
+
+@patch
+def known(self:_PipelineRun):
+    "Does every call have rows of all samples, so that some of them can be run again?"
+    return all(set(t.tolist()) == set(self.trajectory.tolist()) for t, _ in self.places)
 
 # %% ../nbs/02_models/04_walk.ipynb #fda7131b
 @patch
@@ -637,8 +763,9 @@ def again(self:_PipelineRun, answers, model):
 @patch
 def _placed(self:_PipelineRun, i, part):
     "An answer for some samples among the recorded ones of the others."
-    whole, n = self.outs[i].clone(), len(self.trajectory)
-    rows = torch.cat([self.index, self.index + n]) if len(part) == 2*len(self.index) else self.index
+    whole, (known, guided) = self.outs[i].clone(), self.places[i]
+    rows = torch.isin(known, self.trajectory[self.index]).nonzero().flatten()
+    rows = torch.cat([rows, rows + len(known)]) if guided else rows
     whole[rows] = part.to(whole)
     return whole
 
@@ -655,13 +782,14 @@ _NEEDS_IMAGE = re.compile('Img2Img|Inpaint|ControlNet|Pix2Pix|Upscale|Depth|Edit
 
 def _arguments(pipe, prompts, n, options):
     "What a pipeline is called with for n samples; ValueError where it wants what we cannot make up."
-    names, extra = inspect.signature(pipe.__call__).parameters, options.pop('kwargs')
+    names = inspect.signature(pipe.__call__).parameters
+    extra, labels = options.pop('kwargs'), options.pop('labels')
     given = {k: v for k, v in options.items() if k in names and v is not None}
     if 'output_type' in names: given['output_type'] = 'latent' if hasattr(pipe, 'vae') else 'np'
     if 'return_dict' in names: given['return_dict'] = False
-    if 'class_labels' in names: given['class_labels'] = list(range(n))
+    if 'class_labels' in names: given['class_labels'] = labels
     elif 'prompt' in names and not ({'prompt', 'prompt_embeds'} & extra.keys()): given['prompt'] = prompts[:n]
-    elif 'batch_size' in names: given['batch_size'] = n
+    if 'batch_size' in names and 'prompt' not in given: given['batch_size'] = n
     given |= extra
     kind = type(pipe).__name__
     missing = [p.name for p in names.values() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD
@@ -673,10 +801,8 @@ def _arguments(pipe, prompts, n, options):
     return given
 
 # %% ../nbs/02_models/04_walk.ipynb #cd2e19e6
-_FROM_BELOW = (TypeError, ValueError, AttributeError, KeyError, IndexError, RuntimeError)
-
 def _asked(run):
-    "The calls of a pipeline's run; ValueError where it does not run with what it was given."
+    "The calls of a pipeline's run, and whether others can take their place; ValueError where it fails."
     try: return run.record()
     except torch.OutOfMemoryError: raise
     except _FROM_BELOW as e:
@@ -701,20 +827,23 @@ def record(
 ) -> Recording:
     "Run a pipeline and keep the calls of its model; ValueError where it needs what nobody gave."
     prompts = builtin_prompts() if prompts is None else check_prompts(prompts)
-    calls, runs = [], []
+    calls, runs, config = [], [], dict(getattr(model, 'config', None) or {})
+    classes = config.get('num_class_embeds') or config.get('num_embeds_ada_norm') or batch
     with run.bar(total=n, desc=f'calls of {type(pipe).__name__}') as bar:
         for a in range(0, n, batch):
             ids = torch.arange(a, min(a + batch, n))
             texts = [prompts[int(i) % len(prompts)] for i in ids]
             options = dict(num_inference_steps=steps, guidance_scale=guidance_scale,
-                           generator=seed*1_000_003 + a, kwargs=dict(kwargs or {}))
+                           generator=seed*1_000_003 + a, kwargs=dict(kwargs or {}),
+                           labels=[int(i) % classes for i in ids])
             one = _PipelineRun(pipe, model, _arguments(pipe, texts, len(ids), options), ids)
-            calls += _asked(one)
+            found, open_ = _asked(one)
+            calls += found
             if not one.n_calls: raise ValueError(f'calibration: {type(pipe).__name__} never called the '
                                                  f'{type(model).__name__}')
-            runs.append(one)
+            if open_ and one.known(): runs.append(one)
             bar.update(len(ids))
-    return Recording(calls, runs)
+    return Recording(calls, runs if sum(r.n_calls for r in runs) == len(calls) else ())
 
 # %% ../nbs/02_models/04_walk.ipynb #7010bd0e
 def record_inputs(
@@ -727,6 +856,7 @@ def record_inputs(
         raise ValueError(f'record_inputs: {type(model).__name__} was never called itself (methods such as '
                          'encode and decode do not count); record the part that is called, or give its '
                          'inputs as a list')
+    _try_rows(model, dict(enumerate(tap.calls)))
     return Recording(tap.calls)
 
 # %% ../nbs/02_models/04_walk.ipynb #02d33135
@@ -734,7 +864,7 @@ class _Helper:
     "Stands in for a model's `forward`: keeps answers in a folder, and divides the rows of a batch."
     def __init__(self, model, folder, workers, rows):
         self.model, self.plain, self.folder = model, model.forward, None if folder is None else Path(folder)
-        self.workers, self.rows = workers, rows
+        self.workers, self.rows, self.apart = workers, rows, {}
         kinds = inspect.signature(model.forward).parameters.values()
         self.names = [p.name for p in kinds if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
 
@@ -744,8 +874,10 @@ class _Helper:
         call = Call({**dict(zip(self.names, args)), **kwargs})
         file = self.file(call)
         if (known := _kept(file)) is not None:
-            out = self.plain(**call.take([0]))             # tells the form
-            return _with(out, _only(out), known.to(self.home))
+            try: form = self.plain(**call.take([0]))
+            except _FROM_BELOW: return self.plain(**call)  # rows that do not go alone
+            known = _replaced(form, known.to(self.home))
+            if known is not None: return known
         out = self.divided(call)
         if file is not None and (found := _only(out)) is not None:
             write_atomic(file, save({'out': found.detach().cpu().contiguous()}))
@@ -765,15 +897,19 @@ def file(self:_Helper, call):
 
 @patch
 def divided(self:_Helper, call):
-    "The answer, a few rows at a time where that is wanted."
-    n = call.rows
-    if not 0 < self.rows < n: return self.plain(**call)
+    "The answer, a few rows at a time where that is wanted, and rows do not depend on each other."
+    n, form = call.rows, _form(call)
+    if not 0 < self.rows < n or _listed(call): return self.plain(**call)
+    if form not in self.apart:
+        found = _only(self.plain(**call))
+        self.apart[form] = found is not None and _alone(self.model, call, found)
+    if not self.apart[form]: return self.plain(**call)
     @torch.no_grad()
     def one(at): return self.plain(**call.take(torch.arange(at, min(at + self.rows, n))))
     outs = list(in_order(one, range(0, n, self.rows), self.workers))
     found = [_only(o) for o in outs]
-    if any(o is None for o in found): return self.plain(**call)
-    return _with(outs[0], found[0], torch.cat(found))
+    whole = None if any(o is None for o in found) else _replaced(outs[0], torch.cat(found))
+    return self.plain(**call) if whole is None else whole
 
 def _only(out): # the tensor of an output that holds one; else None
     found = _tensors(dict(out)) if isinstance(out, Mapping) else _tensors(out)

@@ -211,3 +211,47 @@ def test_what_no_file_can_hold_is_named(tmp_path):
     net.register_buffer('rotary', torch.zeros(3, dtype=torch.complex64))
     with pytest.raises(ValueError, match="'rotary'.*persistent=False"): save_quantized(net, tmp_path/'m')
     assert not (tmp_path/'m').exists()
+
+# ---- layers that are not alone ----
+
+class Twice(nn.Module):
+    "One module under two names, and weights that other modules hold, too."
+    def __init__(self, tie):
+        super().__init__()
+        self.a, self.c, self.d, self.e = nn.Linear(24, 24), nn.Linear(24, 24), nn.Linear(24, 24), nn.Embedding(24, 24)
+        self.b = nn.ModuleDict(dict(inside=self.a))
+        if tie == 'layer': self.d.weight = self.c.weight
+        if tie == 'embedding': self.d.weight = self.e.weight
+    def forward(self, x): return self.d(self.c(self.b['inside'](self.a(x))))
+
+@pytest.mark.parametrize('tie', [None, 'layer', 'embedding'])
+@pytest.mark.parametrize('laq', [False, True])
+def test_layers_under_two_names_and_tied_weights(tie, laq):
+    torch.manual_seed(0)
+    net, x = Twice(tie).half(), torch.randn(64, 24).half()
+    want, own = net(x).detach().float(), {None: 3, 'layer': 2, 'embedding': 3}[tie]*24*24
+    quantize(net, 16, calibration=[dict(x=x)], overrides={'a': 8}, **QUICK | dict(laq=laq))
+    report = quant_report(net)
+    assert report.attrs['weights'] == own and report.attrs['bits'] <= 16
+    assert net.a is net.b['inside'] and type(net.a) is not nn.Linear
+    if tie == 'layer': assert net.c.weight is net.d.weight and 'd.weight' in report.set_index('layer').note['c']
+    if tie == 'embedding': assert net.d.weight is net.e.weight and 'e.weight' in report.set_index('layer').note['d']
+    got = net(x).detach().float()
+    assert (got - want).pow(2).mean() < .01*want.pow(2).mean()
+    dequantize(net)
+    assert type(net.a) is nn.Linear and net.a is net.b['inside']
+
+def test_odd_layers_are_left_or_named():
+    with pytest.raises(ValueError, match='itself a Linear.*Sequential'): quantize(nn.Linear(8, 8), 8, calibration=None, **QUICK)
+    net = nn.Sequential(nn.Linear(32, 32), nn.Linear(0, 4), nn.Linear(32, 32).to(torch.float8_e4m3fn))
+    quantize(net, 9, calibration=None, **QUICK)
+    assert list(packed_layers(net)) == ['0'] and 'float8' in quant_report(net).set_index('layer').note['2']
+    net = nn.Sequential(nn.Linear(64, 64), Doubled(32, 32))
+    with pytest.raises(ValueError, match="nearest possible.*1 stay dense.*'1': Doubled"): quantize(net, 4, calibration=None, **QUICK)
+
+@pytest.mark.parametrize('layer, x', [(nn.Linear(8, 8), (2, 8)), *((cls(8, 8, 3), (2, 8, *[5]*d)) for d, both in CONVS.items() for cls in both)], ids=lambda o: type(o).__name__)
+def test_the_input_may_be_named_as_in_pytorch(layer, x):
+    "UNetMotionModel calls `proj_in(input=x)`."
+    net, x = nn.Sequential(layer), torch.randn(x)
+    pack(net, encode_model(net, {'0': Scheme(1, 8, 1, kind='uniform')}, [dict(input=x)]))
+    assert torch.equal(net[0](input=x), net[0](x))

@@ -451,3 +451,30 @@ print(sum('AQ' in type(m).__name__ for m in pipe.unet.modules()) > 10)'''
 def test_packing_while_loading_names_the_better_call(tmp_path):
     plain(3).save_pretrained(tmp_path)
     with pytest.warns(UserWarning, match='without calibration.*quantize_unet.*bits=6'): UNet2DModel.from_pretrained(tmp_path, quantization_config=AquaticConfig(bits=6))
+
+@pytest.mark.parametrize('name, value', [('conv_in.bias', float('nan')), ('conv_norm_out.weight', float('inf')), ('mid_block.resnets.0.norm1.bias', -float('inf'))])
+def test_what_loading_would_refuse_is_refused_before_work_and_at_save(name, value, packed, tmp_path):
+    "Not only weights of layers: a bias or a norm that is not finite once ended a run of hours in a file that nothing opens."
+    from aquatic_nb.quant import quantize
+    for model in (conditional(), copy.deepcopy(packed)):
+        check_savable(model)
+        with torch.no_grad(): model.get_parameter(name)[0] = value
+        with pytest.raises(ValueError, match=f"'{name}' holds NaN or infinity"): check_savable(model)
+        if not packed_layers(model):
+            with pytest.raises(ValueError, match=f"'{name}' holds NaN or infinity"): quantize(model, 8, calibration=None, progress=False)
+            assert not packed_layers(model)
+    with pytest.raises(ValueError, match=f"'{name}' holds NaN or infinity"): model.save_pretrained(tmp_path/'m')
+    assert not (tmp_path/'m').exists()
+
+def test_a_file_without_a_tensor_and_a_config_of_nothing_are_named(tmp_path):
+    from safetensors.torch import load_file
+    from aquatic_nb.sources import Source, empty_model
+    conditional().save_pretrained(tmp_path/'m')
+    file, config = tmp_path/'m'/'diffusion_pytorch_model.safetensors', tmp_path/'m'/'config.json'
+    state = load_file(file)
+    state.pop('conv_in.weight')
+    save_file(state, file)
+    with pytest.raises(ValueError, match="'conv_in.weight' of UNet2DConditionModel is in none of its weight files"): load_quantized(tmp_path/'m')
+    for broken in ('7', '"x"'):
+        config.write_text(json.dumps(json.loads(config.read_text()) | dict(norm_num_groups=json.loads(broken))))
+        with pytest.raises(ValueError, match='config.json.*no UNet2DConditionModel can be built.*get the file again'): empty_model(Source(tmp_path/'m'))

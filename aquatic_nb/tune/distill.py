@@ -144,7 +144,7 @@ def _answered(model, calls):
     with torch.no_grad(): return Recording([_with_out(c, answer(model, c)) for c in calls])
 
 def _with_out(call, out):
-    return Call(dict(call), out.detach(), call.step, call.guidance_scale, call.trajectory)
+    return Call(dict(call), out.detach(), call.step, call.guidance_scale, call.trajectory, call.whole)
 
 # %% ../../nbs/07_tuning/21_distill.ipynb #19c90e3f
 def _kept(v, before, name=''):
@@ -171,7 +171,7 @@ def _thin(
     out, before = [], None
     for c in calls:
         before = dict(inputs=_kept(dict(c), before and before['inputs']), out=_kept(c.out, None), step=c.step,
-                      scale=c.guidance_scale, trajectory=c.trajectory)
+                      scale=c.guidance_scale, trajectory=c.trajectory, whole=c.whole)
         out.append(before)
     return out
 
@@ -180,7 +180,8 @@ def _thick(
     kept:list, # from `thin`
 ) -> Recording: # cannot be run again
     "Kept calls as a recording."
-    return Recording([Call(o['inputs'], o['out'], o['step'], o['scale'], o['trajectory']) for o in kept])
+    return Recording([Call(o['inputs'], o['out'], o['step'], o['scale'], o['trajectory'],
+                           o.get('whole', False)) for o in kept])
 
 # %% ../../nbs/07_tuning/21_distill.ipynb #f8f36350
 def _size(kept):
@@ -332,7 +333,7 @@ def _placed(call, like):
         if not torch.is_tensor(v): return v
         return v.to(like.device, like.dtype) if v.dtype == torch.float16 else v.to(like.device)
     out = call.out.to(like.device).float()
-    return Call(put(dict(call)), out, call.step, call.guidance_scale, call.trajectory)
+    return Call(put(dict(call)), out, call.step, call.guidance_scale, call.trajectory, call.whole)
 
 def _misses(student, call, autocast):
     "Squared error of each sample's guided answer, [n]."
