@@ -7,7 +7,6 @@ __all__ = ['CALIBRATION_GUIDANCE', 'SAMPLING_GUIDANCE', 'Call', 'answer', 'join'
            'builtin_prompts', 'record', 'record_inputs']
 
 # %% ../nbs/02_models/04_walk.ipynb #488da703
-import copy
 import inspect
 import re
 from collections.abc import Mapping

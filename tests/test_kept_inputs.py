@@ -7,7 +7,7 @@ from torch import nn
 
 from aquatic_nb.calib import InputStore, input_moments
 from aquatic_nb.core import Run
-from aquatic_nb.walk import helped, record_inputs
+from aquatic_nb.walk import as_calls, helped, record_inputs
 
 QUIET = Run(progress=False)
 
@@ -56,7 +56,7 @@ def test_a_sample_is_unbiased_enough_and_bounded(size):
 def test_threads_folders_and_damage_change_no_byte(tmp_path):
     torch.manual_seed(2)
     model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 3, stride=2)).eval()
-    given, names = [dict(input=torch.randn(4, 3, 20, 20)) for _ in range(5)], ['0', '2']
+    given, names = as_calls(model, [dict(input=torch.randn(4, 3, 20, 20)) for _ in range(5)]), ['0', '2']
     one = InputStore(model, given, names, None, 2, Run(workers=1, progress=False)).moments(names)
     first = InputStore(model, given, names, tmp_path, 2, Run(workers=2, progress=False)).moments(names)
     files = sorted(tmp_path.iterdir())
