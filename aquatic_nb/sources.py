@@ -140,6 +140,7 @@ def empty_model(
         raise ValueError(f'{str(folder/"config.json")!r}: no {cls.__name__} can be built from it '
                          f'({type(e).__name__}: {str(e)[:200]}); get the file again') from e
     if source.config is not None: _check_file(source.path, model, folder)
+    else: _check_headers(folder, source.variant, model)
     return model
 
 # %% ../nbs/12_command/40_sources.ipynb #5a1b4360
@@ -155,6 +156,17 @@ def _check_file(path, model, folder):
     for name in sorted(found.keys() | want.keys()):
         a, b = (tuple(o[name].shape) if name in o else 'missing' for o in (found, want))
         if a != b: raise ValueError(f'{lead}: {name!r} is {a} in the file, {b} by the description; {hint}')
+
+# %% ../nbs/12_command/40_sources.ipynb #535cb376
+def _check_headers(folder, variant, model):
+    "ValueError where the weight files of a folder are damaged, or hold tensors of another shape."
+    if not any(folder.glob('*.safetensors*')): return # a plan needs no weights
+    stored, want = aquatic_nb.format.StoredModel(aquatic_nb.format.weight_files(folder, variant)), model.state_dict()
+    for name, (_, shape, _, _) in stored.entries.items():
+        if name in want and tuple(shape) != tuple(want[name].shape):
+            raise ValueError(f'{stored.where[name]}: tensor {name!r} is {tuple(shape)}, and '
+                             f'{str(folder/"config.json")!r} describes {tuple(want[name].shape)}; get both from '
+                             'one model')
 
 # %% ../nbs/12_command/40_sources.ipynb #5985cf8b
 def load_pipeline(

@@ -203,3 +203,21 @@ def test_settings_by_hand(half, tmp_path, capsys):
     for text, says in (('nothing*=8', 'matches no'), ('conv_in', 'PATTERN=SETTING'), ('conv_in=9x9', 'conv_in'), ('=8', 'PATTERN=SETTING')):
         code, out, err = aquatic(capsys, 'quantize', half, '--plan', '--override', text, *QUICK)
         assert code == 2 and says in err and err.count('\n') == 1, err
+
+@pytest.mark.parametrize('damage', ['truncated', 'empty', 'no header', 'another shape', 'a shard less'])
+def test_a_plan_sees_what_is_wrong_with_the_files(damage, tmp_path):
+    "A run would fail hours, or at least a load, later."
+    model = few()
+    model.save_pretrained(tmp_path/'m', max_shard_size='5KB' if damage == 'a shard less' else '10GB')
+    sources.empty_model(sources.find_source(str(tmp_path/'m')))
+    files = sorted((tmp_path/'m').glob('*.safetensors'))
+    if damage == 'truncated': files[0].write_bytes(files[0].read_bytes()[:-5])
+    if damage == 'empty': files[0].write_bytes(b'')
+    if damage == 'no header': files[0].write_bytes(b'x'*200)
+    if damage == 'a shard less': files[1].unlink()
+    if damage == 'another shape':
+        tensors = load_file(files[0])
+        tensors['conv_in.weight'] = tensors['conv_in.weight'][:, :1].contiguous()
+        save_file(tensors, files[0])
+    with pytest.raises(ValueError) as e: sources.empty_model(sources.find_source(str(tmp_path/'m')))
+    assert str(tmp_path) in str(e.value) and (damage != 'another shape' or "'conv_in.weight'" in str(e.value))
