@@ -4,7 +4,7 @@ Rows are made in turn and written to nbs/results/shipped.csv as they come; a run
 checkpoints of training, images). Budgets are seconds of processor time, so a busy machine changes nothing; ours and the trained peer are compared
 twice, after as many steps and after as many seconds, encoding included, each at the best learning rate of the same grid, found on held-out walks.
 """
-import argparse, copy, gc, io, json, math, subprocess, sys, threading, time
+import argparse, copy, gc, io, json, math, sys, threading, time
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -20,7 +20,7 @@ import torch
 from aquatic_nb.act import attach_act
 from aquatic_nb.bench import PEER_TUNED, PEERS, TUNED, count_bits, our_unet
 from aquatic_nb.calib import calibration_batches
-from aquatic_nb.core import Run, machine, write_atomic
+from aquatic_nb.core import Run, commit, stamp, write_atomic
 from aquatic_nb.eval.samples import compare, labels_of, sample_images
 from aquatic_nb.eval.uniform import straight_through
 from aquatic_nb.layers import packed_layers, stored_sizes
@@ -33,7 +33,7 @@ IMAGES, PART = 2000, 64                             # of a row; drawn at once an
 MINUTES = 10                                        # of processor time that tuning has
 RATES, SEARCH = (3e-4, 1e-3, 3e-3, 1e-2), 100       # learning rates that are tried, and steps of a trial
 SAMPLING = dict(steps=20, guidance_scale=1.5, seed=0)
-out, work = root/'nbs'/'results'/'shipped.csv', root/'runs'/'results'
+out, tried, work = root/'nbs'/'results'/'shipped.csv', root/'nbs'/'results'/'shipped_rates.csv', root/'runs'/'results'
 COLUMNS = ['method', 'bits', 'bits_all', 'file_mb', 'images', 'psnr', 'psnr_se', 'psnr_mean', 'psnr_mean_se', 'accuracy', 'accuracy_low',
            'accuracy_high', 'steps', 'lr', 'encode_cpu_s', 'train_cpu_s', 'search_cpu_s', 'commit', 'date']
 
@@ -60,15 +60,6 @@ class Spent:
         self.over.set()
         self.thread.join()
         write_atomic(self.file, json.dumps(self.seconds).encode())
-
-def said_by(*cmd):
-    try: return subprocess.run(cmd, cwd=root, capture_output=True, text=True).stdout.strip()
-    except OSError: return ''
-
-@lru_cache
-def commit(): # as the program found it when it began
-    changed = '+' if said_by('git', 'status', '--porcelain', '--untracked-files=no', 'aquatic_nb', 'tools') else ''
-    return (said_by('git', 'rev-parse', '--short', 'HEAD') or 'no git') + changed
 
 # ---- what rows are made of
 
@@ -164,8 +155,11 @@ def trial(student, rate):
     if path.exists(): return json.loads(path.read_text())
     model, _, _ = STUDENTS[student].begin()
     end = train(path.parent, model, replace(STUDENTS[student].config, steps=SEARCH, lr=rate))
-    found = dict(rate=rate, loss=min(o for o in (end['held'], end['averaged']) if o == o), seconds=end['seconds'])
+    found = dict(student=student, rate=rate, steps=SEARCH, loss=min(o for o in (end['held'], end['averaged']) if o == o), seconds=end['seconds'])
     write_atomic(path, json.dumps(found).encode())
+    trials = [json.loads(o.read_text()) for o in (work/'rates').rglob('found.json')]
+    table = pd.DataFrame(trials).sort_values(['student', 'rate']).to_csv(index=False, float_format='%.4g')
+    write_atomic(tried, f"# make results: held-out loss after {SEARCH} steps at each learning rate; {stamp()}\n{table}".encode())
     return found
 
 def rate_of(student):
@@ -247,14 +241,39 @@ def measured(name, n):
     bits = count_bits(pipe.unet, made.stored)
     return made.row | found | size | dict(images=n, bits=bits['bits'], bits_all=bits['bits_all'])
 
+# ---- every other result file, and what makes it
+
+def slow(notebook, minutes, note=''): return f'nbdev_test --path nbs/{notebook}.ipynb --flags slow', minutes, note
+
+_BENCH, _LAQ, _CPU, _TRAIN, _SD = '11_judging/39_bench', '05_bits/17_laq', '10_kernels/31_cpu', '02_models/08_train', '02_models/09_mini_sd'
+MADE = { # file -> (command, processor minutes as its last run or an estimate says, remark); slow cells of one notebook run together
+    'kaq_kernels.csv': slow('01_theory/02_kaq', 6), 'act_layers.csv': slow('04_layers/13_act', 4),
+    'encoder_aqlm.csv': slow('03_encoder/11_encode', 25), 'encoder_damping.csv': slow('03_encoder/11_encode', 10), 'encoder_scaling.csv': slow('03_encoder/11_encode', 2),
+    'laq_table.csv': slow(_LAQ, 6), 'laq_table.json': slow(_LAQ, 0, 'with laq_table.csv'), 'laq_additivity.csv': slow(_LAQ, 8), 'laq_savings.csv': slow(_LAQ, 10),
+    'laq_paired.csv': slow(_LAQ, 60), 'laq_shared_kinds.csv': slow(_LAQ, 15), 'laq_front.csv': slow(_LAQ, 120),
+    'quantize_cost.csv': slow('09_door/24_quant', 5), 'presets.csv': slow('09_door/24_quant', 20), 'row_gain.csv': slow('09_door/24_quant', 3),
+    'hub_hardening.json': ('python tests/test_kill.py FOLDER 50, and the commands inside the file', 30, ''),
+    'cpu_decode.csv': slow('10_kernels/26_decode', 1), 'cpu_layers.csv': slow(_CPU, 20), 'cpu_bench.json': slow(_CPU, 0, 'with cpu_layers.csv'), 'cpu_lut.csv': slow(_CPU, 2),
+    'cpu_rule.csv': slow(_CPU, 15), 'cpu_rule.json': slow(_CPU, 0, 'with cpu_rule.csv'), 'cpu_unet.csv': slow(_CPU, 15, 'shown on the first page'),
+    'cuda_build.csv': slow('10_kernels/33_cuda_runtime', 1), 'cuda_build.json': slow('10_kernels/33_cuda_runtime', 0, 'with cuda_build.csv'),
+    'peers.csv': ('aquatic bench --peers --out nbs/results', 150, '-e .[bench] installed'),
+    'quality.csv': ('aquatic bench --peers --n 2000, some rows at a time', 600, 'made on 2026-11-21 by the program of that day, its head completed by hand; tuned rows have the steps of their note; superseded by shipped.csv'),
+    'off_track.csv': slow(_BENCH, 70), 'off_track_256.csv': slow(_BENCH, 50), 'calibrated_for.csv': slow(_BENCH, 30), 'semi_pv_codes.csv': slow(_BENCH, 20),
+    'semi_pv_selectors.csv': slow(_BENCH, 12),
+    'mini_eval.json': slow('11_judging/38_ldm4', 60), 'ldm4_encode.csv': slow('11_judging/38_ldm4', 34), 'ldm4_scaling.csv': slow('11_judging/38_ldm4', 17),
+    'ldm4_layers.csv': ('', 0, 'before and after a change of the encoder: the code before it is in the history of git only'),
+    'train_ae_kl.csv': slow(_TRAIN, 40), 'train_ae_vq.csv': slow(_TRAIN, 36), 'train_classifier.csv': slow(_TRAIN, 15), 'train_unet.csv': slow(_TRAIN, 106),
+    'train_guidance.csv': slow(_TRAIN, 25), 'train_quality.csv': slow(_TRAIN, 10), 'train_classes.csv': slow(_TRAIN, 0, 'with train_quality.csv'),
+    'train_mini.json': slow(_TRAIN, 0, 'with train_quality.csv'), 'train_mini_sd.csv': slow(_SD, 180), 'train_mini_sd_scores.csv': slow(_SD, 8)}
+
 # ---- the file
 
 def head(complete):
     return (f"# make results: the shipped model, {SAMPLING['steps']} steps, guidance {SAMPLING['guidance_scale']:g}, seed {SAMPLING['seed']}; trained rows: "
-            f"{MINUTES} minutes of processor time, learning rates {', '.join(f'{o:g}' for o in RATES)} tried for {SEARCH} steps each; commit {commit()} (rows name theirs); "
-            f"{time.strftime('%Y-%m-%d')}; {machine()}; {'complete' if complete else 'unfinished'}\n")
+            f"{MINUTES} minutes of processor time, learning rates {', '.join(f'{o:g}' for o in RATES)} tried for {SEARCH} steps each (shipped_rates.csv); rows name "
+            f"their commit; last written: {stamp()}; {'complete' if complete else 'unfinished'}\n")
 
-def read(): return pd.read_csv(out, comment='#', float_precision='round_trip').to_dict('records') if out.exists() else []
+def read(): return pd.read_csv(out, comment='#').to_dict('records') if out.exists() else []
 
 def write(rows):
     place = {name: i for i, name in enumerate(ROWS)}
@@ -286,6 +305,7 @@ def plan(names, n):
         left = 0. if is_done(name, rows, n) else (0 if (there/'made.pt').exists() else o.seconds) + _IMAGE*max(0, n - drawn)
         total += left
         print(f"{name:42} {'done' if not left else f'{left:6.0f} CPU s'}")
+    print('\n'.join(f"{name:42} {command or 'cannot be made again'}, about {minutes} CPU minutes{'; ' + note if note else ''}" for name, (command, minutes, note) in MADE.items()))
     print(f'{len(names)} rows of {n} images into nbs/results/{out.name}: {total/3600:.1f} hours of one core are left (estimated)')
 
 def main(args=None):
