@@ -191,11 +191,11 @@ _TRY, _IMAGE = len(RATES)*SEARCH*.8, .19            # seconds: of a search, of a
 _A8, _W = 'ours 2 bit A8, tuned', 'ours 2 bit, tuned'
 ROWS = {'full precision': Row(dense, 0, True), 'ours 2 bit': Row(partial(encoded, bits=2.), 290, True),
         'uniform 2 bit, groups of 64, GPTQ': Row(partial(peer, name='uniform 2 bit, groups of 64, GPTQ'), 50, True),
-        'ours 2 bit A8': Row(partial(ours_eight, base='ours 2 bit'), 15),
+        'ours 4 bit': Row(partial(encoded, bits=4.), 290, True), 'ours 2 bit A8': Row(partial(ours_eight, base='ours 2 bit'), 15),
         _A8: Row(partial(trained, student='ours 2 bit A8'), 60*MINUTES + _TRY, True),
         'straight-through 2 bit A8, equal seconds': Row(partial(trained, student='straight-through 2 bit A8', like=_A8, by='seconds'), 60*MINUTES + 300 + _TRY, True),
         'straight-through 2 bit A8, equal steps': Row(partial(trained, student='straight-through 2 bit A8', like=_A8, by='steps'), 60*MINUTES, True),
-        'ours 4 bit': Row(partial(encoded, bits=4.), 290, True), 'ours 1.5 bit': Row(partial(encoded, bits=1.5), 290, True),
+        'ours 1.5 bit': Row(partial(encoded, bits=1.5), 290, True),
         _W: Row(partial(trained, student='ours 2 bit'), 60*MINUTES + _TRY, True), 'ours 3 bit': Row(partial(encoded, bits=3.), 290, True),
         'straight-through 2 bit, equal seconds': Row(partial(trained, student='straight-through 2 bit', like=_W, by='seconds'), 60*MINUTES + 300 + _TRY),
         'straight-through 2 bit, equal steps': Row(partial(trained, student='straight-through 2 bit', like=_W, by='steps'), 60*MINUTES),
