@@ -473,8 +473,8 @@ def read_peers(
 
 def _write_peers(path, table, command):
     "Write a table of peers with its head."
-    head = (f'# command: {command}\n# last written: {stamp()}; each row tells its own commit, date and machine\n'
-            '# minutes and milliseconds are CPU time of the process; steps are those of training\n')
+    head = (f'# command: {command}\n# last written: {stamp()}; each row tells its own commit, date, '
+            'machine\n# minutes and milliseconds are CPU time of the process; steps are those of training\n')
     write_atomic(path, (head + table.to_csv(index=False, float_format='%.4g')).encode())
 
 # %% ../nbs/11_judging/39_bench.ipynb #2d35fdc5
@@ -491,7 +491,8 @@ def _add_row(path, row, order, command):
 # %% ../nbs/11_judging/39_bench.ipynb #d67e402f
 def _row_of(peer, measure):
     "A row with what could be measured; what could not says why in its note. None: its package is absent."
-    row = dict(method=peer.name, note=peer.note, date=str(date.today()), commit=commit(), machine=machine())
+    row = dict(method=peer.name, note=peer.note, date=str(date.today()), commit=commit(),
+               machine=machine())
     version = _installed(peer.package) if peer.package else ''
     row['package'] = f'{peer.package} {version or ""}'.strip()
     if version is None: return row | dict(note=f'not measured: {peer.package} is not installed')

@@ -85,6 +85,8 @@ def differences(stored, now):
 def run(path):
     "(did it run to the end?, id -> outputs) of a notebook, by nbdev_test's own function."
     import nbdev.test as runner
+    import pandas as pd
+    pd.set_option('display.max_columns', 20, 'display.width', 80) # as in a kernel; without one pandas fits tables to a terminal
     class Recorder(runner.CaptureShell):
         def run_all(self, nb, *args, **kw):
             Recorder.nb = nb
