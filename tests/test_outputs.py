@@ -96,3 +96,24 @@ def test_what_only_reads_a_committed_file_says_so():
             if cell['cell_type'] != 'code' or re.search(r'^#\|\s*(slow|cuda)\b', source, re.M): continue
             reads = re.search(r'read_csv\(|read_peers\(|read_text\(|json\.load', source) and 'results/' in source
             if reads and re.search(r'^\s*assert|^test_', source, re.M): assert '# a reading' in source, f'{path.name}, cell {cell["id"]}'
+
+
+def test_claims_are_said_in_one_way():
+    "Each chapter of a part that the paper names says what is published and what is our reading, and leads to the one table; README leads there too."
+    books = {o.name.split('_')[0]: o for o in tool.notebooks() if o.name[0].isdigit()}
+    markdown = lambda o: '\n'.join(''.join(c['source']) for c in json.loads(o.read_text(encoding='utf-8'))['cells'] if c['cell_type'] == 'markdown')
+    for number in ('01', '02', '11', '13', '17', '20', '21', '30'):
+        said = markdown(books[number])
+        assert re.search(r'\*Published:\* .*\*Our reading:\* .*paper\.ipynb#all-of-it-in-one-table', said), books[number].name
+    table = markdown(root/'nbs'/'tutorials'/'paper.ipynb')
+    assert '## All of it in one table' in table and all(f'/{number}_' in table for number in ('01', '02', '11', '13', '17', '20', '21', '30'))
+    front = (root/'README.md').read_text(encoding='utf-8')
+    assert 'is our reading' in front and 'nbs/tutorials/paper.ipynb' in front
+
+
+def test_the_first_page_says_it_in_thirty_seconds():
+    front = (root/'README.md').read_text(encoding='utf-8')
+    top = front[:front.index('## ')]
+    for what in (r'\d+\.\d MB in half precision and \d+\.\d MB at 2 bits', r'1,529 MB', r'random', r'\d+\.\d dB', r'AMD EPYC with AVX-512|\w+ with AVX-?512', r'`make demo`',
+                 r'!\[', r'LDM-4 itself was not run'): assert re.search(what, top), what
+    assert len(re.findall(r'^\| (?!\|)', top, re.M)) <= 5 and 'git clone' in front and 'load_mini_sd' in front
