@@ -5,7 +5,7 @@ that differs (pictures stay). Slow cells and those for a GPU are not run. Text i
 are not whole, by TOLERANCE: other processors add in another order. Seconds, rates, dates, paths, machines and progress bars are not compared. A cell says
 `#| tol .2` where its numbers, whole ones too, may differ by a fifth, and `#| volatile` where nothing of it repeats.
 """
-import argparse, json, os, re, sys, time
+import argparse, base64, io, json, os, re, sys, time
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -21,17 +21,16 @@ VOLATILE = [(re.compile(p), to) for p, to in (
     (rf'(?:\d[\d.,]*(?:e[-+]?\d+)? ?(?:to|and|-|/|of) ?)*\d[\d.,]*(?:e[-+]?\d+)? ?{UNIT}\b', '<time>'))]
 
 def text_of(outputs):
-    "What a cell printed and showed as text; of tables the plain one, of pictures only that they are there."
-    said = []
+    "What a cell printed, then what it showed as text: of tables the plain one, of pictures only that they are there. (Front ends differ in what comes first.)"
+    printed, shown = [], []
     for o in outputs:
-        if o['output_type'] == 'stream': said.append(joined(o['text']) if o.get('name') != 'stderr' else '')
-        elif o['output_type'] == 'error': said.append(o.get('ename', 'an error'))
+        if o['output_type'] == 'stream': printed.append(joined(o['text']) if o.get('name') != 'stderr' else '')
+        elif o['output_type'] == 'error': shown.append(o.get('ename', 'an error'))
         else:
             data = o.get('data', {})
             kind = next((k for k in ('image/png', 'image/svg+xml', 'text/markdown', 'text/plain', 'text/html') if k in data), None)
-            if kind: said.append('<picture>' if kind.startswith('image') else joined(data[kind]))
-            said.append('\n')
-    return ''.join(said)
+            if kind: shown.append('<picture>' if kind.startswith('image') else joined(data[kind]))
+    return '\n'.join([''.join(printed), *shown])
 
 def joined(o): return ''.join(o) if isinstance(o, list) else str(o)
 
@@ -97,13 +96,24 @@ def run(path):
     finally: runner.CaptureShell = old
     return ok, {c.id: json.loads(json.dumps(c.get('outputs') or [], default=str)) for c in Recorder.nb.cells if c.cell_type == 'code'}
 
+def smaller(png, wide=900):
+    "A picture as the book keeps it: 900 pixels wide at most, 64 colours."
+    from PIL import Image
+    image = Image.open(io.BytesIO(base64.b64decode(joined(png)))).convert('RGB')
+    if image.width > wide: image = image.resize((wide, round(image.height*wide/image.width)), Image.LANCZOS)
+    image.quantize(64).save(buffer := io.BytesIO(), 'PNG', optimize=True)
+    return base64.b64encode(buffer.getvalue()).decode() + '\n'
+
 def store(path, nb, found, now):
-    "New text in the place of the old; the pictures of a cell stay."
+    "New text in the place of the old; the pictures of a cell stay where there are as many, else they are new as well."
     for cell, _, _ in found:
         old = [o for o in cell['outputs'] if 'image/png' in o.get('data', {})]
         new = now[cell['id']]
         if old and len(old) == sum('image/png' in o.get('data', {}) for o in new):
             new = [old.pop(0) if 'image/png' in o.get('data', {}) else o for o in new]
+        else:
+            for o in new:
+                if 'image/png' in o.get('data', {}): o['data']['image/png'] = smaller(o['data']['image/png'])
         cell['outputs'] = [o for o in new if o.get('name') != 'stderr']
     path.write_text(json.dumps(nb, indent=1, ensure_ascii=False, sort_keys=True) + '\n', encoding='utf-8')
 

@@ -51,6 +51,7 @@ def test_tables_and_pictures():
     picture = {'image/png': 'abc', 'text/plain': '<Figure size 600x220>'}
     assert tool.difference(shown(**picture), shown(**picture | {'image/png': 'other'})) is None
     assert tool.difference(shown(**picture), [])
+    assert tool.difference(shown(**picture) + said('x'), said('x') + shown(**picture)) is None, 'front ends differ in what comes first'
     table = {'text/html': '<table>', 'text/plain': '   a\n0  1'}
     assert tool.difference(shown(**table), shown(**table | {'text/plain': '   a\n0  2'}))
     assert tool.difference(said('x') + [dict(output_type='stream', name='stderr', text='a warning')], said('x')) is None
@@ -117,3 +118,13 @@ def test_the_first_page_says_it_in_thirty_seconds():
     for what in (r'\d+\.\d MB in half precision and \d+\.\d MB at 2 bits', r'1,529 MB', r'random', r'\d+\.\d dB', r'AMD EPYC with AVX-512|\w+ with AVX-?512', r'`make demo`',
                  r'!\[', r'LDM-4 itself was not run'): assert re.search(what, top), what
     assert len(re.findall(r'^\| (?!\|)', top, re.M)) <= 5 and 'git clone' in front and 'load_mini_sd' in front
+
+
+def test_stored_pictures_are_small():
+    import base64
+    import io
+
+    from PIL import Image
+    Image.new('RGB', (1800, 300), 'red').save(buffer := io.BytesIO(), 'PNG')
+    small = Image.open(io.BytesIO(base64.b64decode(tool.smaller(base64.b64encode(buffer.getvalue()).decode()))))
+    assert small.size == (900, 150) and small.mode == 'P'

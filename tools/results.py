@@ -8,6 +8,7 @@ import argparse, copy, gc, io, json, math, sys, threading, time
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Callable
 
 root = Path(__file__).resolve().parents[1]
@@ -23,6 +24,7 @@ from aquatic_nb.calib import calibration_batches
 from aquatic_nb.core import Run, commit, stamp, write_atomic
 from aquatic_nb.eval.samples import compare, labels_of, sample_images
 from aquatic_nb.eval.uniform import straight_through
+from aquatic_nb.hub import attach
 from aquatic_nb.layers import packed_layers, stored_sizes
 from aquatic_nb.probe import split_points, thinned, timestep_weights
 from aquatic_nb.tune.distill import Teacher, distill
@@ -220,8 +222,9 @@ def images_of(name, unet, n):
 def file_mb(unet):
     "MB of the folder that a packed U-Net is saved to; of another in half precision."
     if not packed_layers(unet): return sum(p.numel() for p in unet.parameters())*2e-6
-    unet.save_pretrained(folder := work/'saved')
-    return sum(f.stat().st_size for f in folder.rglob('*'))*1e-6
+    with TemporaryDirectory() as folder:
+        attach(unet).save_pretrained(folder)        # it may have been trained since, or come from `made.pt`
+        return sum(f.stat().st_size for f in Path(folder).rglob('*'))*1e-6
 
 def measured(name, n):
     "The row of the table."
