@@ -1,5 +1,6 @@
 # make demo   quantize the shipped model, sample, compare      make test   every check that CI runs
 # make docs   the site, into _docs/                             make clean  remove what these commands made
+# make results   the tables of README, in hours; goes on where it stopped. PLAN=1 only says what it costs, N=512 draws fewer images
 # make gpu    what only a GPU can tell: tests, speed, encoding; in pieces of ten minutes, goes on where it stopped
 # Another Python:  make test PYTHON=python3.12
 
@@ -10,7 +11,7 @@ STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test docs gpu clean
+.PHONY: help install demo test docs results gpu clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -34,6 +35,9 @@ test: $(STAMP)
 
 docs: $(STAMP)
 	$(BIN)/python tools/docs.py
+
+results: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python tools/results.py $(if $(PLAN),--plan) $(if $(N),--n $(N))
 
 gpu: $(STAMP)
 	$(BIN)/python tools/gpu.py

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from .act import attach_act
 from .calib import calibration_batches
-from .core import Run, digest, generator, machine, progress_bar, write_atomic
+from .core import Run, commit, digest, generator, machine, progress_bar, stamp, write_atomic
 from .eval.samples import compare, labels_of, sample_images
 from .eval.uniform import quantize_uniform, straight_through
 from .kaq import packable
@@ -53,6 +53,7 @@ class Peer:
     note:str=''    # what a reader should know about the row
     # it computes as the package does; False: only its weights are the package's, milliseconds mean nothing
     runs:bool=True
+    steps:int=0    # of training
 
 PEERS = {} # name -> Peer
 
@@ -62,9 +63,10 @@ def register_peer(
     package:str='', # what has to be installed
     note:str='',    # what a reader should know
     runs=True,      # milliseconds are the package's own
+    steps:int=0,    # of training
 ) -> None:
     "Add a row to the table, or replace the one of that name."
-    PEERS[name] = Peer(name, make, package, note, runs)
+    PEERS[name] = Peer(name, make, package, note, runs, steps)
 
 def _installed(package): # version as pip knows it; None: absent
     try: return metadata.version(package)
@@ -351,19 +353,19 @@ def straight_through_unet(
 for _act in (None, 8):
     for _bits in (4, 2, 1):
         register_peer(f'straight-through {_bits} bit{" A8" if _act else ""}, groups of 64',
-                      partial(straight_through_unet, bits=_bits, act_bits=_act), runs=False, note='300 steps')
+                      partial(straight_through_unet, bits=_bits, act_bits=_act), runs=False, steps=300)
 register_peer('straight-through 2 bit, groups of 64, from GPTQ', partial(straight_through_unet, gptq=True),
-              runs=False, note='300 steps')
+              runs=False, steps=300)
 for _bits, _act in ((2., None), (2., 8), (1.5, None), (1.5, 8)):
     register_peer(f'ours {_bits:g} bit{" A8" if _act else ""}, tuned',
                   partial(our_unet, bits=_bits, act_bits=_act, tune=TUNED),
-                  note='300 steps')
+                  steps=TUNED.steps)
 for _name, _change in (('1500 steps', dict(steps=1500)), ('4000 steps', dict(steps=4000)),
                        ('codes frozen', dict(code_lr=0.)),
                        ('walks in order', dict(mode='walk'))):
     _config = replace(TUNED, **_change)
     register_peer(f'ours 2 bit, tuned, {_name}', partial(our_unet, bits=2., tune=_config),
-                  note=f'{_config.steps} steps')
+                  steps=_config.steps)
 register_peer('ours 4 bit A8', partial(our_unet, bits=4., act_bits=8))
 
 # %% ../nbs/11_judging/39_bench.ipynb #1c6e6e4e
@@ -434,15 +436,16 @@ def _measure_peer(peer, pipe, reference, judge, **sampling):
     row |= count_bits(pipe.unet, stored)
     if peer.runs: row |= _cost(other.unet, pipe, before)
     images = reference if other.unet is pipe.unet else sample_images(other, len(reference), **sampling)
-    row |= compare(images, reference, load_mini_classifier(), labels_of(pipe, len(images)))
+    row |= compare(images, reference, load_mini_classifier(), labels_of(pipe, len(images)), errors=True)
+    row |= dict(images=len(images), steps=peer.steps)
     # as all rows had it
     found = evaluate_images(images, judge.reference, judge.extractor, ('fd', 'sfd', 'isc'), splits=10)
     return row | found[['FD', 'sFD', 'ISC']].to_dict()
 
 # %% ../nbs/11_judging/39_bench.ipynb #2c88fcf9
 _COLUMNS = ['method', 'package', 'layers', 'bits', 'bits_all', 'psnr', 'psnr_mean', 'accuracy', 'FD', 'sFD',
-            'ISC', 'unet_ms',
-            'peak_mib', 'file_mb', 'minutes', 'note', 'date']
+            'ISC', 'unet_ms', 'peak_mib', 'file_mb', 'minutes', 'note', 'date', 'images', 'steps', 'psnr_se',
+            'psnr_mean_se', 'accuracy_low', 'accuracy_high', 'commit', 'machine']
 
 def _dense_images(pipe, n, sampling, folder):
     "Full precision's images, from the file where they have been sampled before."
@@ -470,8 +473,8 @@ def read_peers(
 
 def _write_peers(path, table, command):
     "Write a table of peers with its head."
-    head = (f'# command: {command}\n# date: {max(table.date)}\n# machine: {machine()}; '
-            'shared with other work, so minutes and milliseconds are CPU time of the process\n')
+    head = (f'# command: {command}\n# last written: {stamp()}; each row tells its own commit, date, '
+            'machine\n# minutes and milliseconds are CPU time of the process; steps are those of training\n')
     write_atomic(path, (head + table.to_csv(index=False, float_format='%.4g')).encode())
 
 # %% ../nbs/11_judging/39_bench.ipynb #2d35fdc5
@@ -488,7 +491,8 @@ def _add_row(path, row, order, command):
 # %% ../nbs/11_judging/39_bench.ipynb #d67e402f
 def _row_of(peer, measure):
     "A row with what could be measured; what could not says why in its note. None: its package is absent."
-    row = dict(method=peer.name, note=peer.note, date=str(date.today()))
+    row = dict(method=peer.name, note=peer.note, date=str(date.today()), commit=commit(),
+               machine=machine())
     version = _installed(peer.package) if peer.package else ''
     row['package'] = f'{peer.package} {version or ""}'.strip()
     if version is None: return row | dict(note=f'not measured: {peer.package} is not installed')
@@ -537,7 +541,7 @@ def peers_text(
     table:pd.DataFrame, # as `run_peers` gives
 ) -> str:               # markdown
     "The table for people, numbers rounded."
-    shown = [k for k in _COLUMNS if k != 'date']
+    shown = _COLUMNS[:_COLUMNS.index('date')]
     lines = [shown, ['---']*len(shown), *([_say(k, row[k]) for k in shown]
                                           for row in table.to_dict('records'))]
     return '\n'.join(f"| {' | '.join(o)} |" for o in lines)

@@ -14,13 +14,16 @@ import importlib
 import importlib.util
 import os
 import platform
+import subprocess
 import sys
 import tempfile
 import threading
+import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -372,3 +375,19 @@ def native_bfloat16(
     if os.environ.get('ATEN_CPU_CAPABILITY', '').lower() in ('default', 'avx2'):
         return False # held to less than it has
     return bool({'avx512_bf16', 'amx_bf16', 'bf16'} & _cpu_flags())
+
+# %% ../nbs/02_models/03_core.ipynb #5d7a3c11
+@functools.cache
+def commit() -> str: # e.g. 'abc1234'; 'abc1234+': changed since; 'version 0.1.0' where there is no git
+    "The code that runs, as git knows it."
+    home = importlib.util.find_spec('aquatic_nb').submodule_search_locations[0]
+    def git(*words):
+        try: return subprocess.run(['git', *words], cwd=home, capture_output=True, text=True).stdout.strip()
+        except OSError: return ''
+    if not git('ls-files', 'core.py'): return f"version {metadata.version('aquatic_nb')}"
+    changed = git('status', '--porcelain', '--untracked-files=no', '--', '.')
+    return git('rev-parse', '--short', 'HEAD') + '+'*bool(changed)
+
+def stamp() -> str: # 'commit abc1234; 2026-11-27; ' and the machine
+    "What the head of a result file says beside what made it."
+    return f"commit {commit()}; {time.strftime('%Y-%m-%d')}; {machine()}"

@@ -9,6 +9,7 @@ __all__ = ['Protocol', 'make_labels', 'sample_shards', 'labels_of', 'sample_imag
 import inspect
 import io
 import json
+import math
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -214,13 +215,14 @@ def sample_images(
     prompt=None,        # for pipelines that take text: a text, or a list to go through in turn
     progress=False,     # show a progress bar
     desc='images',      # of the progress bar
+    first:int=0,        # number of the first image: large sets are drawn in parts
 ) -> Tensor:            # [n, C, H, W] float, pixels in [0, 1]
     "Images of a pipeline for fixed noise and classes."
-    labels, out = labels_of(pipe, n, classes), []
+    labels, out = labels_of(pipe, first + n, classes), []
     pipe.set_progress_bar_config(disable=True)
     with progress_bar(total=n, desc=desc, disable=not progress) as bar:
-        for a in range(0, n, batch):
-            rows = range(a, min(a + batch, n))
+        for a in range(first, first + n, batch):
+            rows = range(a, min(a + batch, first + n))
             inputs = _inputs_of(pipe, rows, labels, prompt, guidance_scale)
             streams = [generator(seed, 'bench', i) for i in rows]
             images = pipe(**inputs, generator=streams, num_inference_steps=steps, output_type='np').images
@@ -229,20 +231,38 @@ def sample_images(
     return torch.cat(out)
 
 # %% ../../nbs/11_judging/36_samples.ipynb #d01ed372
+def errors_of(
+    mse:np.ndarray, # [n] mean squared error of each image against its reference
+    right=None,     # [n] was each one recognized?
+) -> dict: # psnr_se, psnr_mean_se in dB; accuracy_low, accuracy_high
+    "How far the figures of other seeds would be: standard errors over images, and Wilson's 95% interval."
+    mse, out, n = np.asarray(mse, float), {}, len(mse)
+    if n > 1:
+        each = -10*np.log10(mse.clip(1e-10))
+        of_mean = float(mse.std(ddof=1)/max(mse.mean(), 1e-30))/math.sqrt(n)
+        out = dict(psnr_se=10/math.log(10)*of_mean, psnr_mean_se=float(each.std(ddof=1))/math.sqrt(n))
+    if right is not None:
+        p, z = float(np.mean(np.asarray(right, float))), 1.96
+        middle, half = p + z*z/(2*n), z*math.sqrt(p*(1 - p)/n + z*z/(4*n*n))
+        out |= {f'accuracy_{k}': (middle + s*half)/(1 + z*z/n) for k, s in (('low', -1), ('high', 1))}
+    return out
+
+# %% ../../nbs/11_judging/36_samples.ipynb #c1f0e5a2
 @torch.no_grad()
 def compare(
     images:Tensor,         # [n, C, H, W] of the candidate, pixels in [0, 1]
     reference:Tensor=None, # [n, C, H, W] of full precision, same noise and classes
     classifier=None,       # callable: images in [-1, 1] -> logits
     labels=None,           # [n] classes that were asked for; None: 0 to 9 in turn
+    errors=False,          # standard errors and the interval of the accuracy too
 ) -> dict: # psnr, psnr_mean (over images, each at most 100) in dB and accuracy, as far as they can be had
     "PSNR against the reference and class accuracy."
-    out = {}
+    out, mse, right = {}, None, None
     if reference is not None:
         mse = (images - reference).double().square().mean((1, 2, 3)).numpy()
         out |= dict(psnr=psnr_of(mse), psnr_mean=float(np.mean(-10*np.log10(mse.clip(1e-10)))))
     if classifier is not None:
         asked = torch.as_tensor([i % 10 for i in range(len(images))] if labels is None else labels)
-        found = torch.cat([classifier(o*2 - 1).argmax(1) for o in images.split(100)])
-        out['accuracy'] = float((found == asked).float().mean())
-    return out
+        right = torch.cat([classifier(o*2 - 1).argmax(1) for o in images.split(100)]) == asked
+        out['accuracy'] = float(right.float().mean())
+    return out | errors_of(mse, right) if errors and mse is not None else out

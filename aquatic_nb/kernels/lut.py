@@ -42,7 +42,7 @@ def lut_product(
     p:Packed,     # the layer
     z:np.ndarray, # float32 [J, d, P]: the inputs of every group, for P output positions
 )->np.ndarray:    # float32 [O, P]
-    "The paper's saving: products with codewords are made once per group and shared by all outputs."
+    "What is saved: products with codewords are made once per group and shared by all outputs."
     t, n = torch.get_num_threads(), p.O*p.J*p.M
     codes = np.empty(n, np.int16)
     _unpack_range(p.low, p.high, p.bits, 0, n, codes, False)
