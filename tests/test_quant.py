@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from diffusers import ConfigMixin, ModelMixin, UNet2DConditionModel
+from diffusers import ConfigMixin, ModelMixin, UNet2DConditionModel, UNet2DModel
 from diffusers.configuration_utils import register_to_config
 
 from aquatic_nb import core, quant
@@ -106,12 +106,14 @@ def test_a_work_dir_of_something_else_is_refused(dense, tmp_path):
     with pytest.raises(ValueError, match='files of something else'): quantized(dense, calibration=None, work_dir=tmp_path/'notes')
 
 @pytest.mark.parametrize('laq', [False, True])
-def test_a_work_dir_serves_other_bits(dense, batches, tmp_path, laq):
+def test_a_work_dir_serves_other_bits(tmp_path, laq):
     "One table and the layers that keep their setting; the bytes are those of a run of its own."
-    how = dict(calibration=batches, laq=laq)
-    quantized(dense, 7, work_dir=tmp_path/'w', **how)
+    dense = UNet2DModel(sample_size=8, in_channels=3, out_channels=3, layers_per_block=1, block_out_channels=(8,), norm_num_groups=4,
+                        down_block_types=('DownBlock2D',), up_block_types=('UpBlock2D',), add_attention=False).eval()
+    how = dict(calibration='auto', n_calibration=4, laq=laq)
+    quantized(dense, 8.5, work_dir=tmp_path/'w', **how)
     tables = {f: f.stat().st_mtime_ns for f in (tmp_path/'w').rglob('laq_*.csv')}
-    for bits in (6.5, 7): same(quantized(dense, bits, **how), quantized(dense, bits, work_dir=tmp_path/'w', **how))
+    for bits in (7.5, 8.5): same(quantized(dense, bits, **how), quantized(dense, bits, work_dir=tmp_path/'w', **how))
     assert tables == {f: f.stat().st_mtime_ns for f in (tmp_path/'w').rglob('laq_*.csv')} and bool(tables) is laq
 
 def test_overrides(dense):
