@@ -211,8 +211,8 @@ class TableRenderer(nbdev.showdoc.BasicMarkdownRenderer):
     module = None # of the notebook in work
 
     def _repr_markdown_(self):
-        sym = getattr(self.module, self.nm, self.sym)
-        owner = next((o for o in vars(self.module).values() if isinstance(o, type) and vars(o).get(self.nm) is sym), None) if self.nm not in vars(self.module) else None
+        sym = getattr(self.module, self.nm, None) or self.sym # a patched method leaves None behind
+        owner = next((o for o in vars(self.module).values() if isinstance(o, type) and vars(o).get(self.nm) is sym), None) if getattr(self.module, self.nm, None) is None else None
         name = f'{owner.__name__}.{self.nm}' if owner else self.nm # of a patched method below another decorator
         called = f"`{name}({signature(sym)})`{{.signature}}" if callable(sym) else ''
         doc = f"{'#'*self.title_level} {name}\n\n"
