@@ -31,7 +31,7 @@ if (location.protocol === 'file:') window.fetch = (plain => (url, ...rest) => !S
     }
     score(o, words, query) {
       const helper = /^[\w.]+$/.test(o.section) && !/^(the|a|an)$/.test(o.section); // a symbol's entry, not a heading in words
-      let sum = o.section === query ? 200 : o.section.split('.').pop() === query ? 150 : 0;
+      let sum = !o.section && o.title === query ? 100 : !helper ? 0 : o.section === query ? 200 : o.section.split('.').pop() === query ? 150 : 0;
       for (const w of words) {
         const whole = o.section ? o.section + ' ' + o.text : this.pages.get(o.page) + ' ' + o.title + ' ' + o.name;
         const n = count(whole, w);
