@@ -28,9 +28,10 @@ class Scheme:
     def __post_init__(self): _check_scheme(self)
 
     @property
-    def n_codewords(self): return 2**self.codebook_bits
+    def n_codewords(self): return 2**self.codebook_bits # K, vectors in each codebook
     @property
-    def code_bits(self): return self.n_codebooks*self.codebook_bits/self.group_size
+    def code_bits(self): # bits a weight of the codes alone
+        return self.n_codebooks*self.codebook_bits/self.group_size
 
     def __str__(self):
         if self.kind == 'uniform': return f'uniform{self.codebook_bits}'
@@ -124,9 +125,9 @@ class AQTensor:
                                                f'for a weight of shape {self.shape} under {s}')
 
     @property
-    def nbytes(self): return stored_bytes(self.scheme, self.shape)
+    def nbytes(self): return stored_bytes(self.scheme, self.shape) # codes, codebooks and scales
     @property
-    def bits(self): return self.nbytes*8/math.prod(self.shape)
+    def bits(self): return self.nbytes*8/math.prod(self.shape) # stored bits a weight
 
 # %% ../nbs/01_theory/01_aq.ipynb #76606e1a
 def check_values(

@@ -208,6 +208,7 @@ def steady_kernels():
 # %% ../nbs/04_layers/12_layers.ipynb #c3ffc2e5
 @patch
 def forward(self:AQLayer, input):
+    "What the dense layer would answer, by the kernel that is picked for this input."
     x = input                                              # named as in PyTorch, for those who name it
     if why_not_plain(self, x) is None:
         for plan in _plans:

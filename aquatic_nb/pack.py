@@ -126,7 +126,10 @@ def choose_uniform(
 # %% ../nbs/06_packing/18_pack.ipynb #ad8b20f0
 class WorkDir:
     "Finished layers on disk; without a path it keeps nothing."
-    def __init__(self, path=None, mark:str=''):
+    def __init__(self,
+        path=None,   # folder; None: keeps nothing
+        mark:str='', # fingerprint of the run that it belongs to
+    ):
         self.path, self.mark = None if path is None else Path(path), mark
         if self.path is None: return
         note = self.path/'run.json'
@@ -140,7 +143,8 @@ class WorkDir:
     def foreign(file): # what a run that was killed at its first file leaves behind is ours
         return file.name != 'lock' and not file.name.startswith('.run.json.')
 
-    def file(self, name): return self.path/f'{hashlib.sha256(name.encode()).hexdigest()[:16]}.safetensors'
+    def file(self, name): # where a layer is kept
+        return self.path/f'{hashlib.sha256(name.encode()).hexdigest()[:16]}.safetensors'
 
 # %% ../nbs/06_packing/18_pack.ipynb #cd80f8b2
 @patch

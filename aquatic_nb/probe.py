@@ -141,9 +141,10 @@ class Probe:
     def truth(self): # of the model as it is: ask before its weights are changed
         with torch.no_grad(), single_thread(): return self.answers(self.model)
 
-    def answers(self, model): return [c.guided(answer(model, c)).float() for c, _ in self.merged]
+    def answers(self, model): # guided answers to the held-out calls
+        return [c.guided(answer(model, c)).float() for c, _ in self.merged]
 
-    def mean(self, by_step): return float(np.mean(self.weights*by_step))
+    def mean(self, by_step): return float(np.mean(self.weights*by_step)) # steps by their worth
 
 # %% ../nbs/05_bits/15_probe.ipynb #3121dede
 @patch

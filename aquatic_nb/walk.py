@@ -96,7 +96,8 @@ def rows(self:Call) -> int:
     return len(max(found, key=lambda t: t.dim())) if found else 1
 
 @patch(as_prop=True)
-def samples(self:Call) -> int: return self.rows//2 if self.guidance_scale is not None else self.rows
+def samples(self:Call) -> int: # trajectories, each of one row, or of two halves
+    return self.rows//2 if self.guidance_scale is not None else self.rows
 
 @patch(as_prop=True)
 def timestep(self:Call):
@@ -515,7 +516,8 @@ class Recording(list):
 
 # %% ../nbs/02_models/04_walk.ipynb #6cd6c537
 @patch(as_prop=True)
-def samples(self:Recording) -> int: return len({int(i) for c in self for i in c.trajectory})
+def samples(self:Recording) -> int: # different trajectories
+    return len({int(i) for c in self for i in c.trajectory})
 
 @patch
 def mark(self:Recording) -> str:

@@ -177,7 +177,8 @@ def test_every_page_is_there(site):
         if o.stem[0] != '_': assert '.'.join(o.relative_to(root).with_suffix('').parts) in api, o.stem
 
 def test_notebooks_open_with_a_question_and_close_with_limits():
-    "The book's form: title, one line, the question; at the end what was found, and its limits. No chapter grows too large."
+    """The book's form: title, one line, the question; at the end what was found, and its limits; of a chapter then two things to try, with folded
+    solutions, and why the next one exists. No chapter grows too large."""
     for path in (root/'nbs').rglob('*.ipynb'):
         if '.ipynb_checkpoints' in path.parts: continue
         assert path.stat().st_size < 600_000, path.name
@@ -187,9 +188,36 @@ def test_notebooks_open_with_a_question_and_close_with_limits():
         assert len(heads) == len(set(heads)), (path.name, 'two sections of one name')
         if path.stem == 'index': continue
         assert prose[1].startswith('**The question'), path.name
+        if re.match(r'\d', path.stem):
+            assert heads.pop() == '## Two things to try' and prose[-1].count('<details><summary>Solution</summary>') == 2, path.name
+            assert '**Next.** ' in prose[-1], path.name
         assert re.match(r'## (What this|What we have|The answer|Answer)', heads[-1]) and 'imit' in '\n'.join(prose).rsplit(heads[-1], 1)[1] + heads[-1], path.name
     kept = [o for o in (root/'nbs').rglob('*') if o.is_file() and o.suffix != '.failed' and '.ipynb_checkpoints' not in o.parts]
     assert sum(o.stat().st_size for o in kept) < 6_000_000
+
+def test_pictures_are_told_in_words():
+    "Each stored picture has a text for those who do not see it, and each chapter has its place on the way."
+    for path in (root/'nbs').rglob('*.ipynb'):
+        if '.ipynb_checkpoints' in path.parts: continue
+        cells = json.loads(path.read_text(encoding='utf-8'))['cells']
+        for c in cells:
+            text = ''.join(c['source'])
+            if any('image/png' in o.get('data', {}) for o in c.get('outputs', ())):
+                said = re.search(r'^#\| fig-alt: "(.+)"$', text, re.M)
+                assert said and len(said[1].split()) > 5, (path.name, text[:200])
+            for alt in re.findall(r'!\[([^\]]*)\]\(', text) if c['cell_type'] == 'markdown' else (): assert len(alt.split()) > 5, (path.name, alt)
+        if re.match(r'\d', path.stem): assert any('images/way' in ''.join(c['source']) for c in cells[:6]), path.name
+
+def test_the_way_is_drawn_by_its_program(tmp_path):
+    "nbs/images/way*.svg are what tools/way.py writes."
+    spec = importlib.util.spec_from_file_location('way', root/'tools'/'way.py')
+    way = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(way)
+    kept = {o.name: o.read_text(encoding='utf-8') for o in (root/'nbs'/'images').glob('way*.svg')}
+    way.root = tmp_path
+    (tmp_path/'nbs'/'images').mkdir(parents=True)
+    way.main()
+    assert kept == {o.name: o.read_text(encoding='utf-8') for o in (tmp_path/'nbs'/'images').iterdir()}
 
 def test_links_lead_somewhere(site):
     "The checks of tools/docs.py pass for the site as it is, and would notice a dead link, a dead anchor and a script from elsewhere."
@@ -265,6 +293,40 @@ def test_search_reaches_all_functions(site):
     entries = set(re.findall(r'href="(?:\./)?([\w/]+\.html#\w+)"><code', (site/'api.html').read_text(encoding='utf-8')))
     assert len(entries) > 200
     assert not entries - index, sorted(entries - index)[:10]
+
+def test_search_ranks_the_chapter_first(url, browser):
+    "A topic leads to the chapter about it, not to a helper function; a name to its own entry."
+    browser.size(1300, 900)
+    browser.go(url + 'index.html')
+    topics = {'additive quantization': 'aq.html', 'calibration': 'calib.html', 'knapsack': 'knapsack.html', 'winograd': 'winograd.html',
+              'momentum': 'semi_pv.html', 'distillation': 'distill.html', 'metrics': 'metrics.html'}
+    for topic, page in topics.items():
+        first = browser.js(f"{FIND}('{topic}')")[0]
+        assert first.split('#')[0].endswith(page), (topic, first)
+        browser.go(url + 'index.html')
+    assert browser.js(f"{FIND}('stored_bytes')")[0].endswith('01_theory/aq.html#stored_bytes')
+
+def test_phone_and_desk(url, browser):
+    "The search box is seen on a phone; at 1280 the text column is as wide as it is styled, and its code does not scroll."
+    browser.size(390, 850)
+    browser.go(url + '01_theory/aq.html')
+    assert browser.js("(o => o.offsetParent && o.getBoundingClientRect().width > 80 && o.getBoundingClientRect().right <= window.innerWidth)(document.querySelector('.smalldocs-search input'))")
+    browser.size(1280, 900)
+    browser.go(url + '01_theory/aq.html')
+    assert browser.js("document.querySelector('main').getBoundingClientRect().width") >= 880
+    blocks, wide, folded = browser.js("(o => [o.length, o.filter(p => p.scrollWidth > p.clientWidth + 1).length, o.filter(p => p.closest('details')).length])([...document.querySelectorAll('main div.sourceCode pre')])")
+    assert blocks > 20 and wide == 0 and folded < 3, (blocks, wide, folded)
+    browser.size(1300, 900)
+
+def test_what_the_reference_tells(site):
+    "Methods with what they do, defaults, every error, links to notebook and module; names in the order of the notebook."
+    page = (site/'07_tuning'/'semi_pv.html').read_text(encoding='utf-8')
+    for o in ('id="semipv.step"', 'id="semipv.invalidate"', 'membership=0.1', '/blob/main/nbs/07_tuning/20_semi_pv.ipynb', '/blob/main/aquatic_nb/semi_pv.py', 'rel="icon"'): assert o in page, o
+    assert 'ClassConditionalLDMPipeline.__call__(' in (site/'02_models'/'pipeline.html').read_text(encoding='utf-8')
+    for o in site.rglob('*.html'): assert 'more, see the source' not in o.read_text(encoding='utf-8'), o
+    aq = (site/'01_theory'/'aq.html').read_text(encoding='utf-8')
+    places = [aq.index(f'id="{o}"') for o in ('scheme', 'parse_scheme', 'stored_bytes', 'aqtensor', 'decode', 'pack_codes')]
+    assert places == sorted(places)
 
 def test_works_from_the_disk(site, browser):
     "Opened as a file, without a server: formulas and the search."

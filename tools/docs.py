@@ -1,10 +1,10 @@
 """The site: nbs/ -> _docs/. `python tools/docs.py` builds and checks it, `--sidebar` only renews nbs/sidebar.yml.
 
 With Quarto on PATH `nbdev_docs` renders; without it smalldocs does, from the same processed notebooks and the same `_quarto.yml`. Either way
-each documented symbol gets a table of its parameters, its source folds out below, formulas use the KaTeX kept in tools/katex, and every page,
-link and anchor is checked afterwards.
+each documented symbol gets its signature, its source (folded where it is long) and a table of parameters, errors and methods that folds out below;
+formulas use the KaTeX kept in tools/katex, tools/book.js has the search, and every page, link, anchor and picture is checked afterwards.
 """
-import ast, importlib, inspect, json, os, posixpath, re, shutil, sys, textwrap, types, typing
+import ast, functools, importlib, inspect, json, os, posixpath, re, shutil, sys, textwrap, types, typing
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -16,6 +16,7 @@ os.environ.setdefault('MPLBACKEND', 'agg')
 
 import nbdev.processors, nbdev.quarto, nbdev.serve, nbdev.showdoc
 import yaml
+from execnb.nbio import mk_cell
 from fastcore.docments import DocmentTbl, docstring
 from nbdev.config import get_config
 from nbdev.process import Processor
@@ -48,18 +49,25 @@ def title(src):
     found = re.search(r'^#\s+(.+)$', text, re.M) or re.search(r'^title:\s*"?(.+?)"?\s*$', text, re.M)
     return found[1].strip() if found else src.stem
 
+PARTS = {'theory': 'What is stored', 'models': 'Models to try it on', 'encoder': 'Finding good codes', 'layers': 'Layers that run packed',
+         'bits': 'Which layer gets which bits', 'packing': 'The whole model', 'tuning': 'Tuning what is packed', 'files': 'Files', 'door': 'The one call',
+         'kernels': 'Making it fast', 'judging': 'Judging it fairly', 'command': 'From the command line'}
+TASKS = ('compress', 'words', 'choose_bits', 'tune', 'deploy', 'evaluate', 'format', 'paper') # tutorials in the order of need
+
 def part_title(folder):
-    "The name of a part of the book, after its folder: `03_encoder` -> `3 · Encoder`; other folders as they are."
+    "The name of a part of the book, after its folder: `03_encoder` -> `3 · Finding good codes`; other folders as they are."
     number, _, name = folder.partition('_')
-    return f'{int(number)} · {name.capitalize()}' if number.isdigit() else folder.capitalize()
+    return f'{int(number)} · {PARTS.get(name, name.capitalize())}' if number.isdigit() else folder.capitalize()
 
 def sidebar():
-    "The contents of sidebar.yml: landing page, the tour, the parts of the book as the folders show them, tutorials, the reference."
+    "The contents of sidebar.yml: landing page, the tour, tutorials by task, the parts of the book as the folders show them, the reference."
     def entry(o): return {'text': f'{o.stem.split("_")[0]} · {title(o)}' if re.match(r'\d', o.stem) else title(o), 'href': str(o)}
     top = [o for o in pages() if len(o.parts) == 1]
     contents = [{'text': 'Start here', 'href': 'index.ipynb'}, *map(entry, (o for o in top if re.match(r'\d', o.stem)))]
-    for folder in sorted({o.parts[0] for o in pages() if len(o.parts) > 1}):
-        contents.append({'section': part_title(folder), 'contents': [entry(o) for o in pages() if o.parts[0] == folder and len(o.parts) > 1]})
+    task = lambda o: TASKS.index(o.stem) if o.stem in TASKS else -1
+    for folder in sorted({o.parts[0] for o in pages() if len(o.parts) > 1}, key=lambda o: (o[0].isdigit(), o)):
+        inside = sorted((o for o in pages() if o.parts[0] == folder and len(o.parts) > 1), key=task)
+        contents.append({'section': part_title(folder), 'contents': [entry(o) for o in inside]})
     other = [entry(o) for o in top if not re.match(r'\d', o.stem) and o.stem not in ('index', 'api')]
     contents.append({'section': 'Reference', 'contents': other + [{'text': 'All functions and classes', 'href': 'api.qmd'}]})
     return yaml.safe_dump({'website': {'sidebar': {'style': 'floating', 'search': False, 'contents': contents}}}, sort_keys=False, allow_unicode=True)
@@ -85,6 +93,13 @@ def meaning(d):
     said = d.get('docment')
     if said is None or getattr(said, '__name__', '') == '_empty': said = next((o.help for o in getattr(d.get('anno'), '__metadata__', ()) if getattr(o, 'help', None)), '')
     return cell_text(said)
+
+def behind(sym, name):
+    "The comment behind a parameter in the source, where docments do not look: `**more`, an `__init__` that a base class hides; behind a `def` of one line."
+    try: text = inspect.getsource(sym)
+    except (OSError, TypeError): return ''
+    found = re.search(rf'^\s*(?:def )?\**{re.escape(name)}\b[^#\n]*#\s*(?!\|)(.+)$', text, re.M)
+    return cell_text(found[1].strip()) if found else ''
 
 def message(node):
     "The text of an error as its source has it: names of values in angle marks, other expressions as dots."
@@ -113,12 +128,10 @@ def errors(sym):
             case ast.Raise(exc=ast.Call(func=ast.Name(id=kind), args=[first, *_])) if kind.endswith('Error') and kind != 'AssertionError': found[kind, message(first)] = None
     return [o for o in found if o[1].strip('…‹›: ')]
 
-def error_rows(sym, most=6):
-    "Rows of the parameter table for the errors; the first few where there are many."
+def error_rows(sym):
+    "Rows of the parameter table for the errors, all of them."
     plain = lambda text: re.sub(r'([\\*_`$\[\]<>~^])', r'\\\1', cell_text(text)).replace('\\\\|', '\\|')
-    found = errors(sym)
-    rows = [['*raises*', code(kind), '', plain(text)] for kind, text in found[:most]]
-    return rows + [['*raises*', '', '', f'and {len(found)-most} more, see the source']] * (len(found) > most)
+    return [['*raises*', code(kind), '', plain(text)] for kind, text in errors(sym)]
 
 def param_table(sym):
     "Name, type, default and meaning of each parameter, what comes back and what is raised, as a markdown table; '' for nothing to tell."
@@ -126,12 +139,12 @@ def param_table(sym):
     except (TypeError, ValueError): return ''
     said = lambda o: '' if getattr(o, '__name__', '') == '_empty' or o is None else cell_text(o)
     rows, shown = [], params_of(sym)
-    for name in table.params:
+    for name in shown:
         d = table.dm.get(name)
-        if name not in shown or d is None: continue
+        d = d or {}
         default = d.get('default')
-        given = getattr(default, '__name__', '') != '_empty'
-        rows.append([f'**{cell_text(shown[name]).replace("*", chr(92)+"*")}**', kind(sym, name, d), code(repr(default) if not callable(default) else default) if given else '', meaning(d)])
+        given = 'default' in d and getattr(default, '__name__', '') != '_empty'
+        rows.append([f'**{cell_text(shown[name]).replace("*", chr(92)+"*")}**', kind(sym, name, d), code(repr(default) if not callable(default) else default) if given else '', meaning(d) or behind(sym, name)])
     ret = table.dm.get('return', {}) if table.returns else {}
     if any(said(ret.get(k)) for k in ('anno', 'docment')): rows.append(['*returns*', code(ret.get('anno')), '', said(ret.get('docment'))])
     rows += error_rows(sym)
@@ -139,7 +152,44 @@ def param_table(sym):
     head = ['', 'type', 'default', '']
     kept = [i for i in range(4) if not i or any(r[i] for r in rows)] # no empty columns
     lines = [f"| {' | '.join(r[i] for i in kept)} |" for r in (head, ['---']*4, *rows)]
-    return '::: {.params}\n\n' + '\n'.join(lines) + '\n\n:::\n'
+    return '\n'.join(lines) + '\n'
+
+def methods(cls):
+    "(name, function, whether it is a property) of the public methods that a class defines itself, and of its call."
+    for name, o in vars(cls).items():
+        f = o.fget if isinstance(o, property) else getattr(o, '__func__', o)
+        if isinstance(f, types.FunctionType) and (name[0] != '_' or name == '__call__') and name != 'extra_repr': yield name, f, isinstance(o, property)
+
+def method_table(cls):
+    "The public methods of a class, each with its signature, what it does and what its parameters mean; '' where there are none."
+    rows = []
+    for name, f, is_property in methods(cls):
+        called = name if is_property else f'{"" if name == "__call__" else name}({signature(f)})'
+        said = [cell_text((f.__doc__ or '').strip().split('\n\n')[0]) or behind(f, name)]
+        try: table = DocmentTbl(f).dm
+        except (TypeError, ValueError): table = {}
+        said += [f'**{o}**: {meaning(table[o])}' for o in params_of(f) if o in table and meaning(table[o])]
+        shown = called if called[0] != '(' else f'{cls.__name__}.__call__{called}'
+        rows.append(f"| `{cell_text(shown)}` | {'<br>'.join(o for o in said if o)} |")
+    return '\n'.join(['| method | what it does |', '|---|---|', *rows]) + '\n' if rows else ''
+
+def folded(summary, body):
+    "Markdown that folds out."
+    return f'::: {{.params}}\n\n<details><summary>{summary}</summary>\n\n{body}\n</details>\n\n:::\n' if body else ''
+
+def signature(sym):
+    "Parameters with their stars and defaults, as one writes them; '' where there is no signature."
+    try: found = [p for p in inspect.signature(sym).parameters.values() if p.name not in ('self', 'cls')]
+    except (TypeError, ValueError): return ''
+    def default(o):
+        text = o if isinstance(o, str) and not isinstance(o, type) else getattr(o, '__name__', None) or repr(o)
+        text = repr(o) if isinstance(o, str) else str(text)
+        return text if len(text) < 40 and '<' not in text else '...'
+    said, bare = [], False
+    for p in found:
+        if p.kind is p.KEYWORD_ONLY and not bare and not any(o.kind is o.VAR_POSITIONAL for o in found): said.append('*'); bare = True
+        said.append(star(p) + p.name + ('' if p.default is p.empty else f'={default(p.default)}'))
+    return ', '.join(said)
 
 def star(p): return {p.VAR_POSITIONAL: '*', p.VAR_KEYWORD: '**'}.get(p.kind, '')
 
@@ -157,34 +207,47 @@ def params_of(sym):
     return {p.name: star(p) + p.name for p in found if p.name not in ('self', 'cls')}
 
 class TableRenderer(nbdev.showdoc.BasicMarkdownRenderer):
-    "Heading, one-line signature, docstring and the table of parameters, of the exported symbol: its source has the comments."
+    "Heading, signature with defaults and docstring of the exported symbol; what folds out is in `table_of`."
     module = None # of the notebook in work
 
     def _repr_markdown_(self):
-        sym = getattr(self.module, self.nm, self.sym)
-        called = f"`{self.nm}({', '.join(params_of(sym).values())})`{{.signature}}" if callable(sym) else ''
-        doc = f"{'#'*self.title_level} {self.nm}\n\n"
-        return doc + '\n\n'.join(o for o in (called, self.docs or '', param_table(sym)) if o)
+        sym = getattr(self.module, self.nm, None) or self.sym # a patched method leaves None behind
+        owner = next((o for o in vars(self.module).values() if isinstance(o, type) and self.nm in vars(o) and inspect.unwrap(vars(o)[self.nm]) is inspect.unwrap(sym)), None) if getattr(self.module, self.nm, None) is None else None
+        name = f'{owner.__name__}.{self.nm}' if owner else self.nm # of a patched method below another decorator
+        called = f"`{name}({signature(sym)})`{{.signature}}" if callable(sym) else ''
+        doc = f"{'#'*self.title_level} {name}\n\n"
+        return doc + '\n\n'.join(o for o in (called, self.docs or '') if o)
+
+def table_of(module, name):
+    "What folds out below a symbol's source: parameters, what comes back, all errors, methods."
+    sym = functools.reduce(lambda o, part: getattr(o, part, None), name.split('.'), module)
+    if sym is None: return ''
+    many = 'parameters, methods and errors' if isinstance(sym, type) else 'parameters and errors'
+    return folded(f'{name}: {many}', '\n'.join(o for o in (param_table(sym), method_table(sym) if isinstance(sym, type) else '') if o))
+
+FOLDED_FROM = 26 # lines of a cell that folds; the comments behind parameters count
 
 def fold_export(cell):
-    "Keep an exported cell as source that folds out; drop cells that only import, configure or are hidden."
+    "Keep an exported cell as source, which folds out where it is long; drop cells that only import, configure or are hidden."
     flags = cell.directives_.keys() & {'export', 'exporti', 'hide', 'default_exp'}
     if not flags: return
     body = [] if 'hide' in flags or 'default_exp' in flags else ast.parse(cell.source).body
     if all(isinstance(o, (ast.Import, ast.ImportFrom)) for o in body): del cell['source']; return
     names = [o.name for o in body if hasattr(o, 'name')]
-    cell.source = f'#| code-fold: true\n#| code-summary: "source{": " if names else ""}{", ".join(names)}"\n{cell.source}'
+    lines = [o for o in cell.source.splitlines() if o.strip() and not o.startswith('#|')]
+    if len(lines) >= FOLDED_FROM: cell.source = f'#| code-fold: true\n#| code-summary: "source{": " if names else ""}{", ".join(names)} ({len(lines)} lines)"\n{cell.source}'
 
 class source_last(Processor):
-    "Put folded source below the documentation of what it defines."
+    "Put the source below the names, in its own order, of what it defines, and the tables below the source."
     def begin(self):
-        cells = self.nb.cells
-        i = 0
-        while i < len(cells):
-            n = 0
-            while i+1+n < len(cells) and getattr(cells[i+1+n], 'has_sd', False): n += 1
-            if n and not getattr(cells[i], 'has_sd', False): cells.insert(i+n, cells.pop(i))
-            i += n + 1
+        cells, out = self.nb.cells, []
+        while cells:
+            cell, shown = cells.pop(0), []
+            while cells and getattr(cells[0], 'has_sd', False): shown.append(cells.pop(0))
+            names = [o.source.strip()[len('show_doc('):-1] for o in reversed(shown)] # nbdev puts the last one first
+            tables = [table_of(TableRenderer.module, o) for o in names] if TableRenderer.module else []
+            out += [*reversed(shown), cell, *(mk_cell(o, 'markdown') for o in tables if o)]
+        cells[:] = out
 
 def needed(cell):
     "Whether `show_doc` needs a cell: exported ones, imports alone, and `show_doc` itself. Examples that also import are not run again."
@@ -300,17 +363,15 @@ def build_quarto():
     if (root/'README.md').exists(): (root/'README.md').touch() # ours comes from tools/readme.py
     nbdev.quarto.nbdev_docs.__wrapped__()
 
-OPENED_AS_FILE = """
-// Pages opened from the disk may not fetch: there the search index comes as a script.
-if (location.protocol === 'file:') window.fetch = (plain => (url, ...rest) => !String(url).endsWith('search.json') ? plain(url, ...rest) :
-  new Promise((done, fail) => {
-    const tag = document.createElement('script');
-    tag.src = String(url).replace(/search\\.json$/, 'site_libs/search-index.js');
-    tag.onload = () => done(new Response(JSON.stringify(window.searchIndex)));
-    tag.onerror = fail;
-    document.head.append(tag);
-  }))(window.fetch);
-"""
+def written_in(src):
+    "A line that says where a page is written: its notebook and module in the repository."
+    text = (nbs/src).read_text(encoding='utf-8')
+    found = re.search(r'#\|\s*default_exp\s+([\w.]+)', text) if src.suffix == '.ipynb' else None
+    link = lambda o: f'<a href="{repository()}/blob/{cfg.branch}/{o}">{o}</a>'
+    module = ' · module ' + link('aquatic_nb/' + found[1].replace('.', '/') + '.py') if found else ''
+    return f'<p class="written-in">notebook {link(f"nbs/{src.as_posix()}")}{module}</p>'
+
+def repository(): return f'https://github.com/{cfg.user}/{cfg.repo}'
 
 def unlisted():
     "(page, anchor) of names that rooms share, `#| exporti`: they have no entry in the reference."
@@ -333,13 +394,15 @@ def finish():
     index = out/'search.json'
     if index.exists(): (out/'site_libs'/'search-index.js').write_text(f"window.searchIndex = {index.read_text(encoding='utf-8')};\n", encoding='utf-8')
     script = out/'site_libs'/'smalldocs.js'
-    if script.exists(): script.write_text(OPENED_AS_FILE + script.read_text(encoding='utf-8'), encoding='utf-8')
+    if script.exists(): script.write_text((root/'tools'/'book.js').read_text(encoding='utf-8') + script.read_text(encoding='utf-8'), encoding='utf-8')
     shutil.copytree(root/'tools'/'katex', out/'site_libs'/'katex', dirs_exist_ok=True)
     silent, known = unlisted(), {o: set(re.findall(r' id="([^"]+)"', o.read_text(encoding='utf-8'))) for o in out.rglob('*.html')}
+    sources = {out/page_name(o): o for o in pages()}
     for page in out.rglob('*.html'):
         up = '../' * (len(page.relative_to(out).parts)-1)
         text = page.read_text(encoding='utf-8')
         text = re.sub(r'https://cdn\.jsdelivr\.net/npm/katex@[^/"]*/dist(?:/contrib)?/', f'{up}site_libs/katex/', text)
+        if page in sources: text = re.sub(r'</header>(?!.*</header>)', lambda m: f'{written_in(sources[page])}\n</header>', text, count=1, flags=re.S)
         page.write_text(unlink(page, text.replace(site_url, up), known, silent), encoding='utf-8')
 
 # ---- checking
@@ -348,22 +411,24 @@ class Links(HTMLParser):
     "The ids of a page, what it links to, and what it loads."
     def __init__(self, text):
         super().__init__()
-        self.ids, self.links, self.loads = set(), [], []
+        self.ids, self.links, self.loads, self.silent = set(), [], [], []
         self.feed(text)
     def handle_starttag(self, tag, attrs):
         a = dict(attrs)
         if a.get('id'): self.ids.add(a['id'])
         if tag == 'a' and a.get('name'): self.ids.add(a['name'])
         if tag == 'a' and a.get('href'): self.links.append(a['href'])
+        if tag == 'img' and len((a.get('alt') or '').split()) < 3: self.silent.append((a.get('src') or '')[:40])
         if tag in ('img', 'script', 'source', 'iframe') and a.get('src'): self.loads.append(a['src'])
         if tag == 'link' and a.get('href') and a.get('rel') not in ('canonical', 'alternate', 'next', 'prev'): self.loads.append(a['href'])
 
 def check():
-    "All pages are there, every link and anchor leads somewhere, nothing is loaded from elsewhere."
+    "All pages are there, every link and anchor leads somewhere, every picture is told in words, nothing is loaded from elsewhere."
     found = {o.relative_to(out).as_posix(): Links(o.read_text(encoding='utf-8')) for o in out.rglob('*.html')}
     wanted = {page_name(o) for o in pages()} | {'api.html'}
     problems = [f'no page {o}' for o in sorted(wanted - found.keys())]
     for name, page in found.items():
+        problems += [f'{name}: a picture without words, give its cell `#| fig-alt:` or its link a text: {o}' for o in page.silent]
         for url in page.loads + page.links:
             u = urlsplit(url)
             if u.scheme in ('http', 'https') or url.startswith('//'):

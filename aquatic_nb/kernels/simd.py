@@ -132,29 +132,32 @@ _F32, _I8, _I32, _I64 = ir.FloatType(), ir.IntType(8), ir.IntType(32), ir.IntTyp
 # %% ../../nbs/10_kernels/25_simd.ipynb #30d12681
 class Emit:
     "A small vocabulary for writing vector instructions: loads, stores, multiply-adds, shuffles, loops."
-    def __init__(self, builder, lanes=16): self.b, self.lanes = builder, lanes
-    def i(self, v): return ir.Constant(_I64, v) if isinstance(v, int) else v
-    def add(self, a, b): return self.b.add(self.i(a), self.i(b))
-    def mul(self, a, b): return self.b.mul(self.i(a), self.i(b))
-    def at(self, ptr, off): return self.b.gep(ptr, [self.i(off)])
+    def __init__(self,
+        builder,  # llvmlite's IRBuilder of the function in work
+        lanes=16, # floats in a vector where none are named
+    ): self.b, self.lanes = builder, lanes
+    def i(self, v): return ir.Constant(_I64, v) if isinstance(v, int) else v # an index
+    def add(self, a, b): return self.b.add(self.i(a), self.i(b)) # of indices
+    def mul(self, a, b): return self.b.mul(self.i(a), self.i(b)) # of indices
+    def at(self, ptr, off): return self.b.gep(ptr, [self.i(off)]) # the address of an element
     def load(self, ptr, off, lanes=None):
         "`lanes` consecutive elements at element offset `off`; no alignment is assumed."
         kind = ir.VectorType(ptr.type.pointee, lanes or self.lanes)
         return self.b.load(self.b.bitcast(self.at(ptr, off), kind.as_pointer()), align=1)
-    def store(self, v, ptr, off):
+    def store(self, v, ptr, off): # a vector, to an element offset; no alignment is assumed
         self.b.store(v, self.b.bitcast(self.at(ptr, off), v.type.as_pointer()), align=1)
-    def scalar(self, ptr, off):
+    def scalar(self, ptr, off): # one element
         kind = ptr.type.pointee
         return self.b.load(self.at(ptr, off), align=kind.width//8 if isinstance(kind, ir.IntType) else 4)
-    def shuffle(self, a, b, index):
+    def shuffle(self, a, b, index): # elements of two vectors by their numbers
         return self.b.shuffle_vector(a, b, ir.Constant(ir.VectorType(_I32, len(index)), index))
-    def splat(self, s, lanes=None):
+    def splat(self, s, lanes=None): # one number in every lane
         lanes = lanes or self.lanes
         v = self.b.insert_element(ir.Constant(ir.VectorType(s.type, lanes), ir.Undefined), s, _I32(0))
         return self.shuffle(v, v, [0]*lanes)
-    def const(self, v, lanes=None):
+    def const(self, v, lanes=None): # a float in every lane
         return ir.Constant(ir.VectorType(_F32, lanes or self.lanes), [float(v)]*(lanes or self.lanes))
-    def zero(self, kind=_F32, lanes=None):
+    def zero(self, kind=_F32, lanes=None): # zeros
         lanes = lanes or self.lanes
         return ir.Constant(ir.VectorType(kind, lanes), [0.0 if kind == _F32 else 0]*lanes)
 

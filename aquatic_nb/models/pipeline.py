@@ -33,7 +33,7 @@ class ClassEmbedding(ModelMixin, ConfigMixin):
         self.embedding = nn.Embedding(n_classes + 1, dim)
 
     @property
-    def null_class(self) -> int: return self.config.n_classes
+    def null_class(self) -> int: return self.config.n_classes # the label that stands for no class
 
     def forward(self,
         labels:Tensor, # [B] int64, 0..n_classes
@@ -187,10 +187,10 @@ class ClassConditionalLDMPipeline(DiffusionPipeline):
         self.vae_scale_factor = 2**(len(vae.config.block_out_channels) - 1)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
 
-    def encode(self, images:Tensor) -> Tensor:
+    def encode(self, images:Tensor) -> Tensor: # pictures [B, C, H, W] in -1..1 to latents of unit variance
         return encode_latents(self.vae, images, self.config.latents_mean, self.config.latents_std)
 
-    def decode(self, latents:Tensor) -> Tensor:
+    def decode(self, latents:Tensor) -> Tensor: # the inverse of `encode`
         return decode_latents(self.vae, latents, self.config.latents_mean, self.config.latents_std)
 
 # %% ../../nbs/02_models/05_pipeline.ipynb #a54b8fd7

@@ -393,13 +393,13 @@ class TuneConfig:
     lr:float=1e-3         # see `param_groups`
     code_lr:float=0.      # how far codes look, see `SeMIPV`; 0: frozen codes
     lrs:dict=None         # learning rates of single roles
-    betas:tuple=(.9, .95)
-    code_betas:tuple=(.98, .95)
+    betas:tuple=(.9, .95) # of Adam, continuous parameters
+    code_betas:tuple=(.98, .95) # of the averaged gradients that codes jump by
     selector:str=None     # None, 'A', 'B', 'C' or 'random'
     tau:float=0.          # of selector C
-    code_every:int=5
-    code_fraction:float=1e-2
-    trust_ratio:float=2e-3
+    code_every:int=5      # steps between code steps
+    code_fraction:float=1e-2 # of the groups that look for other codes
+    trust_ratio:float=2e-3 # how far a layer may move in a code step, of its norm
     integer_codes:bool=False # do the codes of integer layers move, too?
     clear:float=3.        # standard errors that a jump's gain has to be above zero
     ema:float=.98         # of continuous parameters; 0: none
@@ -407,7 +407,7 @@ class TuneConfig:
     bf16:bool=None        # compute in bfloat16; None: where the machine has it
     bf16_state:bool=False # keep optimizer state in bfloat16
     held_every:int=50     # steps between held-out losses
-    seed:int=0
+    seed:int=0            # of noise, classes and order
 
     def __post_init__(self):
         if (self.steps is None) == (self.minutes is None):

@@ -110,19 +110,20 @@ class TunedLayer(OpenLayer):
 
 # %% ../../nbs/07_tuning/19_tuned.ipynb #d5deb2dd
 @patch(as_prop=True)
-def leads(self:TunedLayer) -> bool: return self.together[0] is self
+def leads(self:TunedLayer) -> bool: return self.together[0] is self # the first of those that share codebooks
 
 @patch(as_prop=True)
 def integer(self:TunedLayer) -> bool: return self.scheme.kind == 'uniform' # fixed codebook of whole numbers
 
 @patch(as_prop=True)
-def bias(self:TunedLayer): return self.packed.bias
+def bias(self:TunedLayer): return self.packed.bias # of the packed layer
 
 @patch(as_prop=True)
-def act(self:TunedLayer): return self.packed.act
+def act(self:TunedLayer): return self.packed.act # rounding of inputs, or None
 
 @patch
 def forward(self:TunedLayer, x):
+    "The layer with its decoded weight, which the gradient flows to."
     x = x if self.act is None else self.act(x)
     mixed = torch.is_autocast_enabled(x.device.type) # casts the weight itself
     return self.packed.dense(x, self.weight if mixed else self.weight.to(x.dtype))
