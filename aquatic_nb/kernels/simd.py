@@ -42,6 +42,15 @@ class Width:
     blocks:int  # blocks of rows that are decoded together
     dot:str     # instruction of the 8-bit dot product; '' where there is none
 
+    @property
+    def word(self): return 4 if 'bus' in self.dot or self.dot == 'sdot' else 2   # channels in 32 bits
+    @property
+    def across(self): return 8 if self.rows*self.panels >= 24 else 4   # columns of an 8-bit product
+    @property
+    def strips(self): return self.rows*self.panels//self.across - (self.lanes == 8 and self.word == 2)
+    @property
+    def flip(self): return 128 if self.dot == 'sdot' else 0   # what makes an unsigned byte a signed one
+
     @functools.cached_property
     def _numba_type_(self): return WidthType(self)   # where numba looks first
 
