@@ -22,7 +22,7 @@ MODELS = {'LDM-4': (LDM4, 1), 'SD-1.5': (None, 77)}   # and tokens of the condit
 OURS = {'ours W2': (2, False), 'ours W2A8': (2, True), 'ours W4': (4, False)}
 CPP = {f'stable-diffusion.cpp {k}': k for k in ('f32', 'f16', 'q8_0', 'q4_0', 'q2_k')}
 WAYS = ['torch fp32', 'torch bf16', 'OpenVINO fp32', 'OpenVINO int8', *CPP, 'sdnq int8', *OURS]
-COLUMNS = ['model', 'way', 'batch', 'threads', 'step_s', 'step_cpu_s', 'first_s', 'peak_mib', 'file_mb', 'width', 'package',
+COLUMNS = ['model', 'way', 'batch', 'threads', 'simd', 'step_s', 'step_cpu_s', 'first_s', 'peak_mib', 'file_mb', 'width', 'package',
            'load', 'date', 'note']
 
 
@@ -203,7 +203,8 @@ def one(model, way, batch, threads, steps, work):
         unet, size, kind = by_torch(model, way, work)
         def call(x, t, c): return unet(x, t, c).sample
     if way in OURS:
-        from aquatic_nb.kernels.simd import width
+        from aquatic_nb.kernels.simd import use_width, width
+        if os.environ.get('ONEDNN_MAX_CPU_ISA') == 'AVX2': use_width('avx2', 'vpmaddwd').__enter__()   # no VNNI either
         row['width'] = f'{width().name} {width().dot}'
     else: row['width'] = torch.backends.cpu.get_cpu_capability()
     c, tokens = config_of(model), MODELS[model][1]
@@ -232,6 +233,7 @@ def write(path, table, command):
     from aquatic_nb.core import machine, write_atomic
     head = (f'# command: {command}\n# date: {max(table.date)}\n# machine: {machine()}; shared with other work (`load` is the average '
             'of the minute before): compare CPU seconds, step_cpu_s; with two threads they count both\n'
+            "# simd: all that the processor has, or 'avx2': forced (torch's libraries by their switches, our kernels at 8 lanes)\n"
             '# random weights; step_s, step_cpu_s: median of the timed calls of the U-Net; file_mb: stored tensors\n')
     write_atomic(path, (head + table.to_csv(index=False, float_format='%.4g')).encode())
 
@@ -240,7 +242,9 @@ def run(args, model, way, batch, threads):
     "A row, by a process of its own (a second one where the first only converted)."
     call = [sys.executable, __file__, '--one', model, way, str(batch), str(threads), '--steps', str(args.steps), '--work', args.work]
     env = {**os.environ, 'OMP_NUM_THREADS': str(threads), 'PYTHONPATH': os.pathsep.join(sys.path[1:])}
-    row = dict(model=model, way=way, batch=batch, threads=threads, date=str(date.today()), load=round(os.getloadavg()[0], 1))
+    if args.simd == 'avx2':
+        env |= dict(ONEDNN_MAX_CPU_ISA='AVX2', ATEN_CPU_CAPABILITY='avx2', MKL_ENABLE_INSTRUCTIONS='AVX2')
+    row = dict(model=model, way=way, batch=batch, threads=threads, simd=args.simd, date=str(date.today()), load=round(os.getloadavg()[0], 1))
     for _ in range(2):
         try: done = subprocess.run(call, capture_output=True, text=True, env=env, timeout=args.limit)
         except subprocess.TimeoutExpired: return row | dict(note=f'not within {args.limit} s')
@@ -263,6 +267,8 @@ def main():
     ask.add_argument('--ways', nargs='*', default=WAYS)
     ask.add_argument('--threads', nargs='*', type=int, default=[1, 2])
     ask.add_argument('--batches', nargs='*', type=int, default=[1, 2])
+    ask.add_argument('--simd', default='all', choices=['all', 'avx2'],
+                     help="'avx2': torch's libraries and our kernels as on a processor of 8 lanes without 8-bit dot products")
     ask.add_argument('--one', nargs=4, help=argparse.SUPPRESS)
     args = ask.parse_args()
     if args.one: return one(*args.one[:2], *map(int, args.one[2:]), args.steps, args.work)
@@ -273,7 +279,8 @@ def main():
             for batch in args.batches:
                 for way in args.ways:
                     table = read(args.out)
-                    if ((table.model == model) & (table.way == way) & (table.batch == batch) & (table.threads == threads)).any(): continue
+                    if ((table.model == model) & (table.way == way) & (table.batch == batch) & (table.threads == threads)
+                        & (table.simd == args.simd)).any(): continue
                     row = run(args, model, way, batch, threads)
                     print(row, flush=True)
                     table = pd.DataFrame([*read(args.out).to_dict('records'), row], columns=COLUMNS)

@@ -754,10 +754,12 @@ def keep_bytes(
     return Bytes(w, q, *(_aligned(np.pad(v, (0, rows - p.O))) for v in (p.scales, p.bias)), p.O, N)
 
 # %% ../../nbs/10_kernels/29_int8.ipynb #675a63ae
+def _byte_most(w): return 4 if w.lanes == 4 else w.rows   # ARM: with eight rows LLVM moves sums about in each round
+
 def _byte_product(rows):
     "An emitter: `rows` columns against one block of outputs; nothing where the registers do not suffice."
     def byte_product(e, w, a, ao, b, bo, k, scales, bias, so, out, oo, pitch):
-        if rows > w.rows: return
+        if rows > _byte_most(w): return
         L, n, sets = w.lanes, w.panels, {1: 4, 2: 2}.get(rows, 1)
         whole, real = ir.VectorType(_I32, L), ir.VectorType(_F32, L)
         def step(i, acc):
@@ -884,7 +886,7 @@ def _conv_alone(w, x, q, scales, bias, work, y, shape, how, size, O, R, K):
 # %% ../../nbs/10_kernels/29_int8.ipynb #6e239ca2
 def _byte_rows(w, cols):
     "Columns that one product takes: all, where they are few, else as many as the registers hold."
-    most = max(n for n in (1, 2, 4, 8, 12) if n <= w.rows)
+    most = max(n for n in (1, 2, 4, 8, 12) if n <= _byte_most(w))
     return next((n for n in (1, 2, 4, 8, 12) if n >= min(cols, most)), most)
 
 def _byte_run(kept, fill, pieces, R, cols, pixels, y):

@@ -260,6 +260,7 @@ def conv3x3_f4(
 def _f2_block(w):
     "Outputs and tiles whose sums fit the registers, where a tile takes 16/lanes vectors."
     vectors, room = 16//w.lanes, w.rows*w.panels
+    if w.name == 'neon': return 2, 2     # 16 sums, 8 vectors of weights, one of a tile: 32 registers hold no more
     rows = 3 if 3*vectors <= room else 1
     return rows, room//(rows*vectors)
 
