@@ -33,8 +33,8 @@ from .core import machine, native_bfloat16, write_atomic
 from .kernels.decode import Packed, decode_dense
 from .kernels.gemm import conv1x1_gemm, linear_few, linear_gemm
 from .kernels.int8 import (Bytes, Ranges, Words, byte_conv, byte_linear, conv_i8, keep_bytes,
-                                     keep_words, kept_conv_i8, kept_linear_i8, linear_i8, on_grid, reach, widen,
-                                     words_size)
+                                     keep_words, kept_conv_i8, kept_linear_i8, linear_i8, on_grid, reach,
+                                     widen, words_size)
 from .kernels.lut import lut_product
 from .kernels.simd import WidthType, _forced, _lock, scratch, width, widths
 from .kernels.winograd import conv3x3_f2, conv3x3_f4
@@ -357,8 +357,9 @@ def _make_room():
 
 def _upgrade(layer, view):
     "Turn whole numbers into float32, the same bits in products, where others leave room for that."
-    if layer in _policy or not isinstance(view.weight, Bytes) or os.environ.get('AQUATIC_WEIGHT_CACHE'): return
-    if any(r.name == 'bytes' for r in view.runs.values()): return        # another shape wants them as they are
+    if layer in _policy or not isinstance(view.weight, Bytes): return
+    if os.environ.get('AQUATIC_WEIGHT_CACHE'): return
+    if any(r.name == 'bytes' for r in view.runs.values()): return   # another shape wants them as they are
     with _keeping:
         more = _size(layer, 'fp32') - view.weight.nbytes
         if more <= cache_budget() - _totals()[0]: view.weight = _make_weight(layer, view, 'fp32')
@@ -426,7 +427,8 @@ def _bytes_at(layer, view, x):
     "The bound function; decoding, where there is no room for the weight."
     kept = _kept(layer, view)
     if not isinstance(kept, (Bytes, Words)):
-        return lambda layer, view, x: _run_cached(layer, view, x if layer.act is None else _acted(layer.act, view, x))
+        return lambda layer, view, x: _run_cached(layer, view, x if layer.act is None
+                                                  else _acted(layer.act, view, x))
     run = _bind_bytes(layer, kept, x)
     if layer.act is None: return lambda layer, view, x: run(x)
     if isinstance(kept, Bytes): return lambda layer, view, x: run(_acted(layer.act, view, x))

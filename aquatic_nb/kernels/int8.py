@@ -177,6 +177,7 @@ def _i8_decode9(e, w, books, codes, rowstep, quads, out, to, sums, so):
         return [total]
     e.store(e.loop(quads, [e.zero(_I32)], quad)[0], sums, so)
 
+# %% ../../nbs/10_kernels/29_int8.ipynb #5e1f0a88
 @simd
 def _i8_decode8(e, w, books, codes, rowstep, groups, out, to, sums, so):
     "The same for groups of 8 consecutive inputs: two words of four channels from each group."
@@ -273,8 +274,8 @@ def _i8_tokens(e, w, tile, nb, base, bo, add, y, at, step, count):
 
 # %% ../../nbs/10_kernels/29_int8.ipynb #f58a2433
 @_jit
-def _i8_block(w, R, nb, live, o0, X, koff, k, offs, sample, count, pixels, at, q, wo, wstep, zeros, xscales, h,
-              zc, sc, tile, sums, so, scales, bias, add, y, O):
+def _i8_block(w, R, nb, live, o0, X, koff, k, offs, sample, count, pixels, at, q, wo, wstep, zeros, xscales,
+              h, zc, sc, tile, sums, so, scales, bias, add, y, O):
     "Outputs o0..o0+live-1 over `R` columns (pixels of all images, or tokens) from `at` on."
     L, S, many, wide = w.lanes, len(zeros) - 1, min(R, count - at), w.lanes*w.strips
     for p in range(R):
@@ -297,8 +298,8 @@ def _i8_block(w, R, nb, live, o0, X, koff, k, offs, sample, count, pixels, at, q
         p += 1
 
 @_jit
-def _i8_kept_out(lo, hi, worker, w, R, X, koff, k, offs, sample, count, pixels, q, zeros, xscales, h, zcs, scs,
-                 tiles, sums, scales, bias, add, y, O):
+def _i8_kept_out(lo, hi, worker, w, R, X, koff, k, offs, sample, count, pixels, q, zeros, xscales, h, zcs,
+                 scs, tiles, sums, scales, bias, add, y, O):
     "Blocks lo..hi-1 of outputs from weights that are kept."
     L, wide, wstep = w.lanes, w.lanes*w.strips, k*w.lanes*w.word
     zc, sc, tile = zcs[worker], scs[worker], tiles[worker]
@@ -321,8 +322,8 @@ def _i8_codes(w, low, high, bits, o0, O, J, M, j0, n, K, c):
     return wide
 
 @_jit
-def _i8_fresh_out(lo, hi, worker, w, s, j0, n, codes, Wb, small, X, koff, k, offs, sample, count, pixels, zeros,
-                  xscales, h, zcs, scs, tiles, add, y, O):
+def _i8_fresh_out(lo, hi, worker, w, s, j0, n, codes, Wb, small, X, koff, k, offs, sample, count, pixels,
+                  zeros, xscales, h, zcs, scs, tiles, add, y, O):
     "Blocks lo..hi-1 of outputs, decoded on the way; groups j0..j0+n-1 of each row."
     books, L, wide, wstep, R = s.books, w.lanes, w.lanes*w.strips, k*w.lanes*w.word, w.across
     c, q, zc, sc, tile = codes[worker], Wb[worker], zcs[worker], scs[worker], tiles[worker]
@@ -371,7 +372,7 @@ def _up(a, kind, by=8):
 
 # %% ../../nbs/10_kernels/29_int8.ipynb #195230ba
 def _point_shape(w, shape, split):
-    "A 1x1 convolution; X is [image][16 pixels][channel word], or each word would be on another page of memory."
+    "A 1x1 convolution; X is [image][16 pixels][channel word], lest each word be on another page."
     B, I, H, W = shape
     cuts, runs = _cuts(I, split), -(-H*W//16)
     words = [-((b - a)//-4)*4//w.word for a, b in cuts]
@@ -386,7 +387,8 @@ def _map_shape(w, shape, kernel, stride, pad, dilation, split):
     "A convolution; X is [channel word][image][plane], but for `_point_shape`."
     B, I, H, W = shape
     if (kernel, stride, pad) == ((1, 1), (1, 1), (0, 0)): return _point_shape(w, shape, split)
-    size = tuple((n + 2*p - d*(k - 1) - 1)//s + 1 for n, p, d, k, s in zip((H, W), pad, dilation, kernel, stride))
+    size = tuple((n + 2*p - d*(k - 1) - 1)//s + 1
+                 for n, p, d, k, s in zip((H, W), pad, dilation, kernel, stride))
     pitch, plane = W + 2*pad[1], (H + 2*pad[0])*(W + 2*pad[1]) + 16
     n, oy, ox = (a.reshape(-1) for a in np.meshgrid(np.arange(B), *map(np.arange, size), indexing='ij'))
     tap = [y*dilation[0]*pitch + x*dilation[1] for y in range(kernel[0]) for x in range(kernel[1])]
@@ -474,8 +476,8 @@ def _i8_fresh(p, x, y, s, z, top, shape):
         codes = scratch('codes', (t, w.lanes*(n + 4)*p.M + 16), np.int16)
         Wb, small = scratch('Wb', (t, k*wide*w.word + 64), np.int8), scratch('small', (t, 3, wide))
         run_threads(_i8_fresh_out, -(-O//wide), w, p.stored(_i8_table(p)), half.c0//(1 if p.d == 9 else 8), n,
-                    codes, Wb, small, X, half.koff, k, shape.offs, shape.sample, shape.count, shape.pixels, z, s,
-                    h, *_i8_room(w), h, flat, O)
+                    codes, Wb, small, X, half.koff, k, shape.offs, shape.sample, shape.count, shape.pixels, z,
+                    s, h, *_i8_room(w), h, flat, O)
     return y
 
 # %% ../../nbs/10_kernels/29_int8.ipynb #10b05288
@@ -492,7 +494,8 @@ def conv_i8(
     check_call(p, x, y, 9 if p.d == 9 else 8, 1)
     _check_int8(p, x, y, sx, zx, top, split)
     k = 3 if p.d == 9 else 1
-    return _i8_fresh(p, x, y, sx, zx, top, _map_shape(width(), x.shape, (k, k), (1, 1), (k//2, k//2), (1, 1), split))
+    shape = _map_shape(width(), x.shape, (k, k), (1, 1), (k//2, k//2), (1, 1), split)
+    return _i8_fresh(p, x, y, sx, zx, top, shape)
 
 def linear_i8(
     p:Packed,      # a linear layer, d = 8, N divisible by 8
@@ -603,20 +606,24 @@ class _Sheet(NamedTuple):
 @_jit
 def _i8_alone(w, x, s, z, S, work, y, sheet, top):
     "A half of a kept product on one thread; arrays as addresses."
-    (maps, B, I, H, W, halves, h, _, c0, c1, pad0, pad1, pitch, plane, words, k, R, count, pixels, O, wide, koff,
-     offs, sample, q, sums, scales, bias) = sheet
-    scale, zero, X = carray(_floats_at(s), (S, halves)), carray(_floats_at(z), (S, halves)), carray(_ints_at(work), words)
+    (maps, B, I, H, W, halves, h, _, c0, c1, pad0, pad1, pitch, plane, words, k, R, count, pixels, O, wide,
+     koff, offs, sample, q, sums, scales, bias) = sheet
+    scale, zero = carray(_floats_at(s), (S, halves)), carray(_floats_at(z), (S, halves))
+    X, n = carray(_ints_at(work), words), c1 - c0
     line, at = carray(_ints_at(work + 4*words), (1, H*W + 16)), work + 4*(words + H*W + 16)
     if maps:
-        _i8_maps_in(0, (c1 - c0 + w.word - 1)//w.word, 0, w, carray(_floats_at(x), (B, I, H, W)), c0, c1, scale, zero, h,
-                    top, (pad0, pad1), pitch, plane, line, X)
-    else: _i8_line_in(0, B, 0, w, carray(_floats_at(x), (B, I)), c0, c1 - c0, scale, zero, h, top, max(1, B//S), pitch, X)
+        _i8_maps_in(0, (n + w.word - 1)//w.word, 0, w, carray(_floats_at(x), (B, I, H, W)), c0, c1, scale,
+                    zero, h, top, (pad0, pad1), pitch, plane, line, X)
+    else:
+        _i8_line_in(0, B, 0, w, carray(_floats_at(x), (B, I)), c0, n, scale, zero, h, top, max(1, B//S),
+                    pitch, X)
     up, rows = (count + 7)//8*8, (O + wide - 1)//wide*wide
     _i8_kept_out(0, rows//wide, 0, w, R, X, carray(_longs_at(koff), k), k, carray(_longs_at(offs), up),
-                 carray(_ints_at(sample), up), count, pixels, carray(_bytes_at(q), rows*k*w.word), zero, scale, h,
-                 carray(_ints_at(at), (1, 16)), carray(_floats_at(at + 64), (1, 16)),
+                 carray(_ints_at(sample), up), count, pixels, carray(_bytes_at(q), rows*k*w.word), zero,
+                 scale, h, carray(_ints_at(at), (1, 16)), carray(_floats_at(at + 64), (1, 16)),
                  carray(_floats_at(at + 128), (1, w.across*wide)), carray(_ints_at(sums), rows),
-                 carray(_floats_at(scales), rows), carray(_floats_at(bias), rows), h, carray(_floats_at(y), count*O), O)
+                 carray(_floats_at(scales), rows), carray(_floats_at(bias), rows), h,
+                 carray(_floats_at(y), count*O), O)
 
 # %% ../../nbs/10_kernels/29_int8.ipynb #f4f857fe
 class Ranges(NamedTuple):
@@ -642,8 +649,9 @@ def _i8_bound(kept, shape, dims):
     R, wide, (B, I, H, W) = _i8_across(w, shape.count), w.lanes*w.strips, dims
     room = max(h.words for h in shape.halves) + H*W + 64 + w.across*wide
     address = lambda a: a.ctypes.data
-    sheets = [_Sheet(maps, B, I, H, W, len(shape.halves), i, 0, h.c0, h.c1, *(shape.pad or (0, 0)), shape.pitch,
-                     shape.plane, h.words, len(h.koff), R, shape.count, shape.pixels, O, wide, *map(address, (
+    pad = shape.pad or (0, 0)
+    sheets = [_Sheet(maps, B, I, H, W, len(shape.halves), i, 0, h.c0, h.c1, *pad, shape.pitch, shape.plane,
+                     h.words, len(h.koff), R, shape.count, shape.pixels, O, wide, *map(address, (
                          h.koff, shape.offs, shape.sample, kept.q[i], kept.sums[i], kept.scales, kept.bias)))
               for i, h in enumerate(shape.halves)]
     sheets = [tuple(map(int, s)) for s in sheets]
@@ -681,8 +689,8 @@ def kept_conv_i8(
     dilation,   # a pair
 ):              # (shape of the output, a function (x, `Ranges`, np.float32(top), y))
     "The convolution of 8-bit activations with a kept weight for one shape; tensors are contiguous float32."
-    if shape[1]*kernel[0]*kernel[1] != kept.N: raise ValueError(f'kept weight [{kept.O}, {kept.N}]: {shape[1]} '
-                                                                f'channels do not fit')
+    if shape[1]*kernel[0]*kernel[1] != kept.N:
+        raise ValueError(f'kept weight [{kept.O}, {kept.N}]: {shape[1]} channels do not fit')
     how = (tuple(int(n) for n in v) for v in (shape, kernel, stride, pad, dilation))
     geo = _map_shape(kept.w, *how, kept.split)
     return (shape[0], kept.O, *geo.size), _i8_bound(kept, geo, tuple(shape))
@@ -754,7 +762,8 @@ def keep_bytes(
     return Bytes(w, q, *(_aligned(np.pad(v, (0, rows - p.O))) for v in (p.scales, p.bias)), p.O, N)
 
 # %% ../../nbs/10_kernels/29_int8.ipynb #675a63ae
-def _byte_most(w): return 4 if w.lanes == 4 else w.rows   # ARM: with eight rows LLVM moves sums about in each round
+# ARM: with eight rows LLVM moves sums about in each round
+def _byte_most(w): return 4 if w.lanes == 4 else w.rows
 
 def _byte_product(rows):
     "An emitter: `rows` columns against one block of outputs; nothing where the registers do not suffice."

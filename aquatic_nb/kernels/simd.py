@@ -92,7 +92,8 @@ def widths()->dict: # name -> Width, the widest first
 @functools.lru_cache(maxsize=64)
 def _named(name, asked_by, dot=None):
     "The width of that name; a ValueError where this machine lacks it."
-    if name not in _NEEDS: raise ValueError(f'{asked_by}={name!r}: not a width; choose one of {list(_NEEDS)}')
+    if name not in _NEEDS:
+        raise ValueError(f'{asked_by}={name!r}: not a width; choose one of {list(widths())}')
     if name not in widths():
         lacks = ', '.join(sorted(_NEEDS[name] - cpu_features())) or 'an x86 processor'
         raise ValueError(f'{asked_by}={name!r}: this processor lacks {lacks}; choose one of {list(widths())}')
