@@ -1,8 +1,12 @@
 "CPU kernels against float64, over generated shapes, on both instruction paths."
 import copy
 import math
+import os
 import pickle
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -278,3 +282,15 @@ def test_activations_change_what_is_kept():
         layer.act = act
         for _ in range(2): agree(layer, x, 'bytes')
         agree(layer, x, 'cached')
+
+
+def test_compiled_code_of_another_version_is_thrown_away(tmp_path):
+    "numba's index names the types of arguments; one whose name is gone cannot be read, and must not stop anybody."
+    module = tmp_path/'some_kernel.py'
+    def text(name): return ('from typing import NamedTuple\nimport numpy as np\nfrom aquatic_nb.kernels.simd import _jit\n'
+                            f'class {name}(NamedTuple):\n    a: float\n@_jit\ndef f(x): return x.a + 1\nprint(f({name}(1.)))\n')
+    for name in ('Before', 'After', 'After'):
+        module.write_text(text(name))
+        done = subprocess.run([sys.executable, '-c', 'import some_kernel'], cwd=tmp_path, capture_output=True, text=True,
+                              env={**os.environ, 'PYTHONPATH': os.pathsep.join([str(tmp_path), str(Path(cpu.__file__).parents[1])])})
+        assert done.stdout.split() == ['2.0'], done.stderr[-2000:]

@@ -4,6 +4,7 @@ Each row is a process of its own, so that its peak memory is its own; rows that 
 the extra `bench`, and `stable-diffusion-cpp-python`, which is compiled when it is installed and therefore in no extra.
 """
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -19,6 +20,7 @@ LDM4 = dict(sample_size=64, in_channels=3, out_channels=3, block_out_channels=(1
             down_block_types=('DownBlock2D',) + ('CrossAttnDownBlock2D',)*3,
             up_block_types=('CrossAttnUpBlock2D',)*3 + ('UpBlock2D',), cross_attention_dim=512, attention_head_dim=1)
 MODELS = {'LDM-4': (LDM4, 1), 'SD-1.5': (None, 77)}   # and tokens of the condition
+HELD = contextlib.ExitStack()                          # a narrower width, for as long as the process lasts
 OURS = {'ours W2': (2, False), 'ours W2A8': (2, True), 'ours W4': (4, False)}
 CPP = {f'stable-diffusion.cpp {k}': k for k in ('f32', 'f16', 'q8_0', 'q4_0', 'q2_k')}
 WAYS = ['torch fp32', 'torch bf16', 'OpenVINO fp32', 'OpenVINO int8', *CPP, 'sdnq int8', *OURS]
@@ -204,7 +206,7 @@ def one(model, way, batch, threads, steps, work):
         def call(x, t, c): return unet(x, t, c).sample
     if way in OURS:
         from aquatic_nb.kernels.simd import use_width, width
-        if os.environ.get('ONEDNN_MAX_CPU_ISA') == 'AVX2': use_width('avx2', 'vpmaddwd').__enter__()   # no VNNI either
+        if os.environ.get('ONEDNN_MAX_CPU_ISA') == 'AVX2': HELD.enter_context(use_width('avx2', 'vpmaddwd'))   # no VNNI
         row['width'] = f'{width().name} {width().dot}'
     else: row['width'] = torch.backends.cpu.get_cpu_capability()
     c, tokens = config_of(model), MODELS[model][1]

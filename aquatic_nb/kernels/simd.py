@@ -315,10 +315,22 @@ def _transpose(e, rows):
     return rows
 
 # %% ../../nbs/10_kernels/25_simd.ipynb #a3c1b8d0
+def _careful(cache):
+    "What another version left on disk may name what is not here any more: then it is thrown away."
+    load = cache.load_overload
+    def load_overload(*args):
+        try: return load(*args)
+        except Exception:
+            with contextlib.suppress(OSError): cache.flush()
+    cache.load_overload = load_overload
+
 def _jit(f):
     "Compile without the interpreter lock; keep the result on disk where there is a place for it."
     options = dict(nogil=True, error_model='numpy')
-    try: return njit(cache=True, **options)(f)
+    try:
+        compiled = njit(cache=True, **options)(f)
+        _careful(compiled._cache)
+        return compiled
     except RuntimeError:
         return njit(**options)(f)   # no writable folder beside the module or in the home directory
 
