@@ -486,13 +486,18 @@ def _keeping_pays(layer, x, kind, cols):
     return cols <= (u.line if x.shape[-1] >= 128 else u.thin) and math.prod(layer.weight_shape) <= u.size
 
 # %% ../nbs/10_kernels/31_cpu.ipynb #7c1de002
+def _whole_pays(layer, kind, cols):
+    "Whether a product of whole numbers is the best for 8-bit activations; 16-bit ones are half as many."
+    if width().word == 4: return True
+    return kind == 'linear' or kind != 'conv3x3' and (cols <= 512 or layer.weight_shape[1] >= 256)
+
 def _wanted(layer, x):
     "Kernels to take when nothing was measured, the best first; `decode` where none of them can."
     kind, w, u = conv_kind(layer), width(), _UPTO[width().lanes]
     if w.name == 'portable': return
     cols = _tokens(layer, x)//math.prod(getattr(layer, 'stride', ()))
     if _keeping_pays(layer, x, kind, cols): yield 'bytes'
-    if layer.act is not None and (w.word == 4 or kind != 'conv3x3'):
+    if layer.act is not None and _whole_pays(layer, kind, cols):
         if cols <= u.keep: yield 'bytes'
         yield 'int8'
     if kind == 'conv3x3':
