@@ -632,11 +632,13 @@ def version(
     as_json:_Json=False, # result as JSON
     debug:_Debug=False, # show where an error comes from
 ):
-    "Versions and machine."
+    "Versions, machine, and which vector instructions the kernels use here, and why."
     found = {k: metadata.version(k) for k in ('diffusers', 'safetensors', 'numba')}
     result = dict(aquatic_nb=aquatic_nb.__version__, torch=torch.__version__, **found)
-    text = ', '.join(f'{k} {v}' for k, v in result.items())
-    _give({**result, 'machine': machine()}, as_json, f'{text}\n{machine()}')
+    text, used = ', '.join(f'{k} {v}' for k, v in result.items()), aquatic_nb.cpu.cpu_report()
+    result |= dict(machine=machine(), **{k: used[k] for k in ('width', 'dot', 'why')})
+    kernels = f"kernels: {used['width']}, 8-bit products by {used['dot']} ({used['why']})"
+    _give(result, as_json, f'{text}\n{machine()}\n{kernels}')
 
 # %% ../nbs/12_command/41_cli.ipynb #5abd5c28
 _DemoFolder = _option(Path, 'Folder for the result.')
