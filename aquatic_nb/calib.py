@@ -527,6 +527,7 @@ def moments_of(self:InputStore, name):
     grouped = getattr(mod, 'groups', 1) > 1
     return Moments(_mirrored(H).div_(k), None, k, None if grouped else mean/k, None if grouped else 0*mean)
 
+# %% ../nbs/03_encoder/10_calib.ipynb #fda3f6a9
 @patch
 def samples(self:InputStore, name):
     for part, _ in self.parts:

@@ -310,6 +310,7 @@ def _run_quantize(source, dst, work_dir, calibration, force, settings):
                 file_bytes=_file_bytes(dst/(source.part or '')),
                 seconds=round(time.perf_counter() - start, 1), **({'stages': stages} if stages else {}))
 
+# %% ../nbs/12_command/41_cli.ipynb #4689b6c9
 def _stage_times(work_dir): # what each stage took, over all the runs that it needed
     note = work_dir/'times.csv'
     return pd.read_csv(note).to_dict('records') if note.exists() else []

@@ -352,6 +352,7 @@ def _gram_seconds():
             took = time.perf_counter() - start
     return lambda N: took*.6*max(2*N, 4096)*N**2/1024**3
 
+# %% ../nbs/09_door/24_quant.ipynb #baa564a7
 def _encode_seconds(beam, sweeps):
     "A function (O, N) -> seconds of encoding a layer of that shape, from a small one."
     W, H, times = torch.randn(64, 576, generator=generator(0, 'pace')), torch.eye(576), []
@@ -374,15 +375,16 @@ def expected(self:_Job, calls, s): # stage -> seconds; s: the settings, or other
     moments, waves = 0. if s.sequential else total(lambda O, N: gram(N)), 12 if s.sequential else 0
     if not s.sequential: out['inputs'] = 1.3*row*rows/threads
     if s.laq:
-        own = row*rows if s.sequential else moments
-        out['sensitivity'] = own + self.measuring(calls, s, row, len(shapes)) + 2.5*total(_encode_seconds(2, 1))
-    out['moments and codes' if s.sequential else 'codes'] = row*rows*.6*waves + row*rows*(waves > 0) + moments \
-        + total(code)
+        own, quick = row*rows if s.sequential else moments, 2.5*total(_encode_seconds(2, 1))
+        out['sensitivity'] = own + self.measuring(calls, s, row, len(shapes)) + quick
+    passes = row*rows*(1 + .6*waves) if s.sequential else moments
+    out['moments and codes' if s.sequential else 'codes'] = passes + total(code)
     large = not s.sequential and sum(p.numel() for p in self.model.parameters()) > _LARGE
     if s.act_bits is not None: out['activations'] = row*(1.5*rows if not large else 2*4*len(calls))
     minutes = getattr(s.tune, 'minutes', s.tune)
     return out | ({'tuning': 60*minutes} if minutes else {})
 
+# %% ../nbs/09_door/24_quant.ipynb #c0e585d1
 @patch
 def measuring(self:_Job, calls, s, row, layers):
     "Seconds of what LAQ runs through the model: what steps are worth, rows' gains, and measured options."

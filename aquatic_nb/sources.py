@@ -161,12 +161,13 @@ def _check_file(path, model, folder):
 def _check_headers(folder, variant, model):
     "ValueError where the weight files of a folder are damaged, or hold tensors of another shape."
     if not any(folder.glob('*.safetensors*')): return # a plan needs no weights
-    stored, want = aquatic_nb.format.StoredModel(aquatic_nb.format.weight_files(folder, variant)), model.state_dict()
+    paths, want = aquatic_nb.format.weight_files(folder, variant), model.state_dict()
+    stored = aquatic_nb.format.StoredModel(paths)
     for name, (_, shape, _, _) in stored.entries.items():
         if name in want and tuple(shape) != tuple(want[name].shape):
             raise ValueError(f'{stored.where[name]}: tensor {name!r} is {tuple(shape)}, and '
-                             f'{str(folder/"config.json")!r} describes {tuple(want[name].shape)}; get both from '
-                             'one model')
+                             f'{str(folder/"config.json")!r} describes {tuple(want[name].shape)}; '
+                             'get both from one model')
 
 # %% ../nbs/12_command/40_sources.ipynb #5985cf8b
 def load_pipeline(

@@ -912,6 +912,7 @@ def divided(self:_Helper, call):
     whole = None if any(o is None for o in found) else _replaced(outs[0], torch.cat(found))
     return self.plain(**call) if whole is None else whole
 
+# %% ../nbs/02_models/04_walk.ipynb #c5952547
 def _only(out): # the tensor of an output that holds one; else None
     found = _tensors(dict(out)) if isinstance(out, Mapping) else _tensors(out)
     return found[0][1] if len(found) == 1 else None
