@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from ..core import MovingAverage, Run, digest, generator, native_bfloat16, write_atomic
 from ..semi_pv import SeMIPV, param_groups
 from .layers import close_layers, open_layers, opened_layers
-from ..walk import TIME_NAMES, Call, Recording, answer, as_calls, builtin_prompts, check_prompts
+from ..walk import TIME_NAMES, Call, Recording, answer, as_calls, builtin_prompts, check_prompts, classes_of
 from ..walk import merge, record, record_walk, steps_of
 
 # %% ../../nbs/07_tuning/21_distill.ipynb #25ac27e8
@@ -91,12 +91,12 @@ def pipeline_walks(
     texts = builtin_prompts() if prompts is None else check_prompts(prompts)
     own = getattr(names.get('guidance_scale'), 'default', None)
     if guidance_scale is None and isinstance(own, (int, float)) and own > 1: guidance_scale = (own/2, own*1.5)
-    if 'class_labels' in names: guidance_scale = None             # such a pipeline is recorded at its own
     def make(i, gen):
         pick = lambda n: int(torch.randint(n, (), generator=gen))
         negative = 'negative_prompt' in names and i % 4 == 3
         extra = {'negative_prompt': [texts[pick(len(texts))]]*batch} if negative else {}
-        if 'class_labels' in names: extra = {'class_labels': [pick(_n_classes(model)) for _ in range(batch)]}
+        known = classes_of(model) or 1
+        if 'class_labels' in names: extra = {'class_labels': [pick(known) for _ in range(batch)]}
         chosen = [texts[pick(len(texts))] for _ in range(batch)]
         scale = _drawn(guidance_scale, 1, gen)
         scale = scale.item() if torch.is_tensor(scale) else scale
@@ -105,10 +105,6 @@ def pipeline_walks(
     return make
 
 # %% ../../nbs/07_tuning/21_distill.ipynb #b5d0ae6c
-def _n_classes(model):
-    found = [getattr(model.config, k, None) for k in ('num_embeds_ada_norm', 'num_class_embeds')]
-    return next((n for n in found if n), 1)
-
 def _seated(pipe, model):
     "A shallow copy of a pipeline in which this model sits in the place of the one of its class."
     found = [n for n, o in pipe.components.items() if type(o) is type(model)]
