@@ -1,4 +1,6 @@
 "The models of the tables and their command: training goes on where it stopped, both kinds are packed, saved and loaded, rows are kept."
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -9,7 +11,7 @@ from aquatic_nb.hub import load_quantized
 from aquatic_nb.layers import packed_layers
 from aquatic_nb.models import small
 from aquatic_nb.quant import quantize
-from aquatic_nb.tune.distill import pipeline_walks
+from aquatic_nb.tune.distill import TuneConfig, pipeline_walks
 from aquatic_nb.walk import classes_of, record
 from packed_models import fill
 from test_architectures import kl
@@ -19,9 +21,9 @@ QUICK = dict(laq=False, sweeps=1, beam=2, n_calibration=2, progress=False)
 
 
 def tiny_dit(): return small.dit_pipeline(fill(small.make_small_dit(1, 1, 4)), kl(1))
-def tiny_flow(): return small.flow_pipeline(fill(small.make_small_flow((8, 16, 24), 8)))
+def tiny_flow(): return small.flow_pipeline(fill(small.make_small_flow((24,), 8)))
 
-MAKE = dict(dit=(lambda: small.make_small_dit(1, 1, 4), small.dit_loss, (4, 4, 4)), flow=(lambda: small.make_small_flow((8, 16, 24), 8), small.flow_loss, (1, 8, 8)))
+MAKE = dict(dit=(lambda: small.make_small_dit(1, 1, 4), small.dit_loss, (4, 4, 4)), flow=(lambda: small.make_small_flow((24,), 8), small.flow_loss, (1, 8, 8)))
 PIPES = dict(dit=(tiny_dit, 'transformer', ('pos_embed.proj', 'proj_out_2')), flow=(tiny_flow, 'unet', ('conv_in', 'conv_out')))
 
 
@@ -99,53 +101,65 @@ def test_walks_for_tuning_draw_guidance_with_classes_too():
     assert len(set(seen)) == 3 and all(1.5 <= g <= 3. for g in seen)
 
 
+@pytest.fixture(scope='module')
+def kept(tmp_path_factory): return tmp_path_factory.mktemp('work')      # what rows share, and tests too
+
+
 @pytest.fixture
-def tiny(monkeypatch):
+def tiny(monkeypatch, kept):
     "Two models of the table, tiny, that anything may be measured of in no time."
     models = {k: proof.TableModel(make, part, ends, guidance=2. if k == 'dit' else None, score='mean', judge=lambda x: float(x.mean()))
               for k, (make, part, ends) in PIPES.items()}
     monkeypatch.setattr(proof, 'MODELS', models)
-    return proof.TableProtocol(images=2, steps=2, minutes=.02, beam=2, sweeps=1, n_calibration=4)
+    two = TuneConfig(steps=2, batch=2)
+    monkeypatch.setattr(proof, 'TuneConfig', lambda minutes: two)
+    monkeypatch.setattr(proof, 'replace', lambda config, steps, minutes, lr: replace(config, steps=2, batch=2, lr=lr))
+    return dict(protocol=proof.TableProtocol(images=2, steps=2, beam=2, sweeps=1, n_calibration=4), folder=kept, progress=False)
+
+
+def note_of(table, model, row): return table.note[(table.model == model) & (table.row == row)].item()
 
 
 def test_rows_are_made_once_and_all_stand_in_the_table(tiny, tmp_path):
-    how = dict(protocol=tiny, folder=tmp_path/'work', progress=False)
-    table = proof.run_models(tmp_path, ['full precision', 'flow: W4', 'dit: GPTQ 4 bit', 'W2A8'], **how)
+    table = proof.run_models(tmp_path, ['full precision', 'flow: GPTQ 4 bit', 'dit: W2A8'], **tiny)
     assert len(table) == 2*len(proof.ROWS)
     done = table[table.note == '']
-    assert set(zip(done.model, done.row)) == {('dit', 'full precision'), ('flow', 'full precision'), ('flow', 'W4'), ('dit', 'GPTQ 4 bit'), ('dit', 'W2A8'), ('flow', 'W2A8')}
+    assert set(zip(done.model, done.row)) == {('dit', 'full precision'), ('flow', 'full precision'), ('flow', 'GPTQ 4 bit'), ('dit', 'W2A8')}
     assert (table.note[~table.index.isin(done.index)] == 'not measured').all()
-    full = done[done.row == 'full precision']
+    full, ours = (done[done.row == r] for r in ('full precision', 'W2A8'))
     assert (full.bits == 16).all() and (full.psnr_mean == 100).all()
-    ours = done[done.row == 'W2A8']
     assert (ours.bits <= 2).all() and (ours.psnr_mean < 100).all() and (done.images == 2).all()
     lines = (tmp_path/'models.csv').read_text(encoding='utf-8').splitlines()
-    assert [o.split(':')[0] for o in lines[:4]] == ['# command', '# commit', '# date', '# machine'] and str(tiny) in lines[0]
-    again = proof.run_models(tmp_path, ['W2A8'], **how)              # they stay; nothing is made anew
+    assert [o.split(':')[0] for o in lines[:4]] == ['# command', '# commit', '# date', '# machine'] and str(tiny['protocol']) in lines[0]
+    again = proof.run_models(tmp_path, ['dit: W2A8'], **tiny)           # they stay; nothing is made anew
     assert (tmp_path/'models.csv').read_text(encoding='utf-8').splitlines() == lines and len(again) == len(table)
-    with pytest.raises(ValueError, match='another protocol'): proof.run_models(tmp_path, [], **{**how, 'protocol': proof.TableProtocol()})
+    with pytest.raises(ValueError, match='another protocol'): proof.run_models(tmp_path, [], **{**tiny, 'protocol': proof.TableProtocol()})
 
 
 def test_tuned_rows_and_the_peer_that_is_trained(tiny, tmp_path):
-    table = proof.run_models(tmp_path, ['flow: W2 tuned', 'flow: straight-through 2 bit', 'flow: W2, one setting'], tiny, tmp_path/'work', progress=False)
-    found = table[table.row.isin(['W2 tuned', 'straight-through 2 bit', 'W2, one setting']) & (table.model == 'flow')].set_index('row')
+    names = ['W2 tuned', 'straight-through 2 bit', 'one setting']
+    table = proof.run_models(tmp_path, [f'dit: {o}' for o in names], **tiny)
+    found = table[table.row.isin(names) & (table.model == 'dit')].set_index('row')
     assert (found.note == '').all(), found.note.to_dict()
-    assert found.bits['W2 tuned'] <= 2 < found.bits['straight-through 2 bit']
-    assert found.steps['W2 tuned'] >= 1 and found.steps['straight-through 2 bit'] >= 1
+    assert found.bits['W2 tuned'] <= 2 < found.bits['straight-through 2 bit'] and (found.steps.dropna() == 2).all()
+
+
+def test_a_row_that_was_not_tuned_says_so(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(proof.TableWork, 'tune', lambda work, model, config: 0)
+    assert 'too little time' in note_of(proof.run_models(tmp_path, ['dit: W2 tuned'], **tiny), 'dit', 'W2 tuned')
 
 
 def test_a_row_that_fails_says_why_and_is_tried_again(tiny, tmp_path, monkeypatch):
     def broken(work, row): raise RuntimeError('the peer fell over\nand more')
     with monkeypatch.context() as m:
         m.setattr(proof, '_peer_of', broken)
-        table = proof.run_models(tmp_path, ['dit: GPTQ 2 bit'], tiny, tmp_path/'work', progress=False)
-    assert table.note[(table.model == 'dit') & (table.row == 'GPTQ 2 bit')].item() == 'failed: RuntimeError: the peer fell over'
-    table = proof.run_models(tmp_path, ['dit: GPTQ 2 bit'], tiny, tmp_path/'work', progress=False)
-    assert table.note[(table.model == 'dit') & (table.row == 'GPTQ 2 bit')].item() == ''
+        table = proof.run_models(tmp_path, ['dit: GPTQ 2 bit'], **tiny)
+    assert note_of(table, 'dit', 'GPTQ 2 bit') == 'failed: RuntimeError: the peer fell over'
+    assert note_of(proof.run_models(tmp_path, ['dit: GPTQ 2 bit'], **tiny), 'dit', 'GPTQ 2 bit') == ''
 
 
 def test_the_plan_quantizes_and_writes_nothing(tiny, tmp_path):
-    table = proof.plan_models(tmp_path, ['W2', 'full precision'], tiny)
+    table = proof.plan_models(tmp_path, ['W2', 'full precision'], tiny['protocol'])
     assert (table.state == 'to do').all() and (table.minutes >= 0).all() and len(table) == 4
     assert not list(tmp_path.iterdir())
 

@@ -90,7 +90,7 @@ def flow_loss(
     with autocast('cpu'): guess = net((1 - s)*x0 + s*noise, 1000*sigma).sample
     return F.mse_loss(guess.float(), noise - x0)
 
-# %% ../../nbs/13_proof/42_small.ipynb #8e254af6
+# %% ../../nbs/13_proof/42_small.ipynb #2231feff
 def train_small(
     make,         # make() builds the network
     loss,         # `dit_loss` or `flow_loss`
@@ -100,26 +100,29 @@ def train_small(
     lr:float,     # peak learning rate
     path=None,    # checkpoint file
     seed:int=0,   # of weights and of every step
+    planned:tuple=None, # (s, n): until step s the rate was that of a run of n steps
     **loop,       # `every`, `save_every`, `desc` of `train_loop`
 ) -> tuple: # the averaged network in eval mode, and the log
     "Train one of the two."
     net = seeded(make, seed).eval()
     kept = Averaged(net, .9993, 20)
     opt = torch.optim.AdamW(net.parameters(), lr, betas=(.9, .99), weight_decay=1e-2)
+    turn, other = planned or (0, steps)
     def step(s):
         gen, i = generator(seed, 'step', s), batch_of(s, len(data[0]), batch, seed)
         x = data[0][i]
         x = to_float(x) if x.dtype == torch.uint8 else x.float()
-        found = descend(loss(net, x, data[1][i], gen), opt, lr*cosine(s, steps, 100), 1.)
+        found = descend(loss(net, x, data[1][i], gen), opt, lr*cosine(s, steps if s >= turn else other, 100), 1.)
         kept.update(s)
         return found
     log = train_loop(step, steps, dict(net=net, opt=opt, avg=kept.module), path, **loop)
     return kept.module.eval(), log
 
-# %% ../../nbs/13_proof/42_small.ipynb #6bdfd6d5
+# %% ../../nbs/13_proof/42_small.ipynb #dd32c134
 SCALE = .5009 # one over the spread of the first stage's latents, over the 60,000 training pictures
-RECIPES = dict(dit=dict(make=make_small_dit, loss=dit_loss, steps=1600, batch=64, lr=1.5e-3),
-               flow=dict(make=make_small_flow, loss=flow_loss, steps=1300, batch=32, lr=1.2e-3))
+RECIPES = dict(dit=dict(make=make_small_dit, loss=dit_loss, steps=900, batch=64, lr=1.5e-3, planned=(600, 1600)),
+               flow=dict(make=make_small_flow, loss=flow_loss, steps=700, batch=32, lr=1.2e-3,
+                         planned=(400, 1300)))
 
 @torch.no_grad()
 def small_latents(
