@@ -548,12 +548,13 @@ def _chosen_kernels(model):
 _ToTime = _argument(Optional[str], 'A packed model or pipeline folder; not with --peers or --models.')
 _Peers = _option(bool, 'Instead: other packages and ours, side by side on the shipped model. Takes long; '
                  "absent packages are named. Install them with the extra 'bench'.", '--peers')
-_FourModels = _option(bool, 'Instead: four models (classes, prompts, a transformer, a flow) at 4 to 1.5 bits, '
-                      'tuned and not, beside peers. Takes hours; --plan says how many.', '--models')
-_Planned = _option(bool, 'With --models: say what would be run and what it would cost, and run nothing.', '--plan')
+_FourModels = _option(bool, 'Instead: four models (classes, prompts, a transformer, a flow) at 4 to 1.5 '
+                      'bits, tuned and not, beside peers. Takes hours; --plan says how many.', '--models')
+_Planned = _option(bool, 'With --models: say what would be run, and what it would cost; run nothing.',
+                   '--plan')
 _TuneMinutes = _option(float, 'With --models: processor minutes of tuning.', min=.01)
-_Only = _option(Optional[list[str]], 'With --peers or --models: a row to make (a model, or "model: row"), and '
-                'again for more; all where not given. Rows already in the table stay.')
+_Only = _option(Optional[list[str]], 'With --peers or --models: a row to make (a model, or "model: row"), '
+                'and again for more; all where not given. Rows already in the table stay.')
 _Tables = _option(Path, 'With --peers: folder for peers.csv, peers.md and peers.png; with --models: for '
                   'models.csv.')
 _TableImages = _option(Optional[int], 'With --peers: images, 256 where not given; with --models 64.', min=2)
@@ -591,7 +592,8 @@ def bench(
         raise ValueError('SRC is missing; name a packed model or pipeline, or use --peers or --models')
     if threads: torch.set_num_threads(threads)
     if peers: return _give(_compare_peers(out, only, n or 256, steps, guidance), as_json)
-    if models: return _compare_models(out, only, plan, dict(images=n or 64, steps=steps, minutes=minutes), as_json)
+    protocol = dict(images=n or 64, steps=steps, minutes=minutes)
+    if models: return _compare_models(out, only, plan, protocol, as_json)
     _give(_time_kernels(find_source(src), batch, repeats), as_json)
 
 # %% ../nbs/12_command/41_cli.ipynb #a24724f6

@@ -105,7 +105,7 @@ ROWS = {o.name: o for o in ( # in the order of the table
 FIRST = ('full precision', 'W2', 'W2 tuned', 'GPTQ 2 bit', 'sdnq 2 bit', 'straight-through 2 bit',
          'one setting', 'W4', 'W3', 'W1.5', 'GPTQ 4 bit', 'sdnq 4 bit')
 
-# %% ../nbs/13_proof/43_proof.ipynb #2dcf78ab
+# %% ../nbs/13_proof/43_proof.ipynb #5b0ab76a
 @dataclass(frozen=True)
 class TableProtocol:
     "What all rows have in common; it stands in the head of the table."
@@ -119,7 +119,8 @@ class TableProtocol:
 
     def __str__(self):
         return (f'{self.images} images, {self.steps} steps, {self.minutes:g} processor minutes of tuning, '
-                f'beam {self.beam}, {self.sweeps} sweeps, {self.n_calibration} trajectories, seed {self.seed}')
+                f'beam {self.beam}, {self.sweeps} sweeps, {self.n_calibration} trajectories, '
+                f'seed {self.seed}')
 
 # %% ../nbs/13_proof/43_proof.ipynb #bc829e47
 class TableWork:

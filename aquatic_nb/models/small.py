@@ -90,7 +90,7 @@ def flow_loss(
     with autocast('cpu'): guess = net((1 - s)*x0 + s*noise, 1000*sigma).sample
     return F.mse_loss(guess.float(), noise - x0)
 
-# %% ../../nbs/13_proof/42_small.ipynb #2231feff
+# %% ../../nbs/13_proof/42_small.ipynb #940af886
 def train_small(
     make,         # make() builds the network
     loss,         # `dit_loss` or `flow_loss`
@@ -112,15 +112,17 @@ def train_small(
         gen, i = generator(seed, 'step', s), batch_of(s, len(data[0]), batch, seed)
         x = data[0][i]
         x = to_float(x) if x.dtype == torch.uint8 else x.float()
-        found = descend(loss(net, x, data[1][i], gen), opt, lr*cosine(s, steps if s >= turn else other, 100), 1.)
+        rate = lr*cosine(s, steps if s >= turn else other, 100)
+        found = descend(loss(net, x, data[1][i], gen), opt, rate, 1.)
         kept.update(s)
         return found
     log = train_loop(step, steps, dict(net=net, opt=opt, avg=kept.module), path, **loop)
     return kept.module.eval(), log
 
-# %% ../../nbs/13_proof/42_small.ipynb #dd32c134
+# %% ../../nbs/13_proof/42_small.ipynb #249ce7b9
 SCALE = .5009 # one over the spread of the first stage's latents, over the 60,000 training pictures
-RECIPES = dict(dit=dict(make=make_small_dit, loss=dit_loss, steps=900, batch=64, lr=1.5e-3, planned=(600, 1600)),
+RECIPES = dict(dit=dict(make=make_small_dit, loss=dit_loss, steps=900, batch=64, lr=1.5e-3,
+                        planned=(600, 1600)),
                flow=dict(make=make_small_flow, loss=flow_loss, steps=700, batch=32, lr=1.2e-3,
                          planned=(400, 1300)))
 
