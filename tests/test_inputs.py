@@ -10,13 +10,14 @@ from diffusers import (AutoencoderKL, ControlNetModel, DDIMScheduler, DiffusionP
 from hypothesis import HealthCheck, given, settings, strategies as st
 from torch import nn
 
+from aquatic_nb import quant
 from aquatic_nb.calib import calibration_batches, execution_order, input_moments, never_run
 from aquatic_nb.core import generator
 from aquatic_nb.kaq import packable
 from aquatic_nb.layers import packed_layers
 from aquatic_nb.quant import quantize, quant_report
 from aquatic_nb.probe import thinned
-from aquatic_nb.tune.distill import TuneConfig
+from aquatic_nb.tune.distill import Teacher
 from aquatic_nb.walk import Recording, answer, as_calls, merge, record_inputs
 from packed_models import fill, plain
 
@@ -217,12 +218,17 @@ def test_prompts_that_are_none(prompts, message):
     with pytest.raises(ValueError, match=message): quantize(pipe.unet, 8.5, calibration=pipe, calibration_prompts=prompts, **TEXT, **QUICK)
 
 
-def test_a_pipeline_without_vae_checker_and_text_encoder_is_tuned():
+def test_a_pipeline_without_vae_checker_and_text_encoder_teaches(monkeypatch):
     "What the pipeline is given for calibration, tuning gives it too."
-    pipe = pipeline(StableDiffusionPipeline, DDIMScheduler())
+    pipe, given = pipeline(StableDiffusionPipeline, DDIMScheduler()), {}
     pipe.register_modules(vae=None)
-    quantize(pipe.unet, 8.5, calibration=pipe, tune=TuneConfig(steps=1, batch=2), **TEXT, **QUICK)
-    assert packed_layers(pipe.unet) and torch.isfinite(pipe(**EMBEDS, num_inference_steps=2, output_type='latent').images).all()
+    monkeypatch.setattr(quant, 'timestep_weights', lambda *args: None)
+    monkeypatch.setattr(quant, 'tune_model', lambda model, dense, source, tune, weights, **kw: given.update(kw))
+    quantize(pipe.unet, 8.5, calibration=pipe, tune=1, **TEXT, **QUICK)
+    assert packed_layers(pipe.unet) and given['kwargs'] is EMBEDS
+    walk = Teacher(pipe, pipe.unet, 1, steps=2, kwargs=given['kwargs']).walk(0)
+    assert walk.samples == 2 and all(c.guidance_scale is not None for c in walk)
+    assert walk[0]['encoder_hidden_states'][2:].equal(EMBEDS['prompt_embeds'].half())
 
 
 class OwnLoop(DiffusionPipeline):

@@ -182,6 +182,6 @@ def test_models_that_are_not_there_are_named(monkeypatch):
 def test_kept_models_are_small_and_plain():
     for name in small.RECIPES:
         files = list(small.small_path(name).iterdir())
-        assert sum(f.stat().st_size for f in files) <= 6e6 and {f.suffix for f in files} <= {'.json', '.safetensors', '.md'}
+        assert sum(f.stat().st_size for f in files) <= 8e6 and {f.suffix for f in files} <= {'.json', '.safetensors', '.md'}
         pipe = small.load_small(name)
         assert isinstance(pipe, DiTPipeline) == (name == 'dit')
