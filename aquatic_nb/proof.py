@@ -162,6 +162,7 @@ def once(self:TableWork, key, make):
         _kept_seconds(self.folder/key, time.process_time() - start)
     return self.made[key]
 
+# %% ../nbs/13_proof/43_proof.ipynb #a7eacc70
 @patch(as_prop=True)
 def calls(self:TableWork):
     "Calibration calls of full precision."
@@ -203,6 +204,7 @@ def _encoded(work, row, key):
     done = encode_model(work.model, schemes, work.few, how, kept, worth=worth, run=work.run)
     return attach(pack(copy.deepcopy(work.model), done), row.bits)
 
+# %% ../nbs/13_proof/43_proof.ipynb #a4fde9a2
 @patch
 def packed(self:TableWork, row): # -> (packed model, processor seconds)
     "Ours as packed, from the folder where it is there."
@@ -309,6 +311,7 @@ def _read(path, command):
     known = known.assign(at=at).query('at >= 0').sort_values('at').drop(columns='at')
     return known.reindex(columns=_COLUMNS).fillna({'note': '', 'date': ''}).reset_index(drop=True)
 
+# %% ../nbs/13_proof/43_proof.ipynb #0ed64560
 def _write(path, table, command):
     head = (f'# command: {command}\n# commit: {_commit()}\n# date: {date.today()}\n# machine: {machine()}; '
             'shared with other work, so seconds are processor seconds\n')

@@ -333,6 +333,7 @@ def choose(self:_Job, calls, inputs=None):
     choice = allocate(table, bits_to_bytes(table, s.bits), overrides=plain | self.fixed)
     return choice, worth_of(table, choice)
 
+# %% ../nbs/09_door/24_quant.ipynb #4ed7f707
 @patch
 def unseen(self:_Job, calls):
     "Layers that the calibration never runs; a warning names them."
@@ -343,6 +344,7 @@ def unseen(self:_Job, calls):
                             'or keep them with overrides={...: "dense"}')
     return names
 
+# %% ../nbs/09_door/24_quant.ipynb #b3833324
 def _plain(table, names, bits):
     "For layers of which nothing is known: the best option of their own at the bits asked for."
     out = {}
