@@ -13,7 +13,8 @@ from pathlib import Path
 # before diffusers, for torchvision
 from ..core import generator
 from .pipeline import ldm_scheduler
-from .train import Averaged, autocast, batch_of, cosine, descend, seeded, to_float, train_loop
+from .train import Averaged, autocast, batch_of, cosine, descend, seeded, to_float
+from .train import train_loop
 from ..zoo import load_mini_ldm
 import torch
 import torch.nn.functional as F

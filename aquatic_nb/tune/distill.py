@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from ..core import MovingAverage, Run, digest, generator, native_bfloat16, write_atomic
 from ..semi_pv import SeMIPV, param_groups
 from .layers import close_layers, open_layers, opened_layers
-from ..walk import TIME_NAMES, Call, Recording, answer, as_calls, builtin_prompts, check_prompts, classes_of
-from ..walk import merge, record, record_walk, steps_of
+from ..walk import TIME_NAMES, Call, Recording, answer, as_calls, builtin_prompts, check_prompts
+from ..walk import classes_of, merge, record, record_walk, steps_of
 
 # %% ../../nbs/07_tuning/21_distill.ipynb #25ac27e8
 def class_walks(
