@@ -317,6 +317,7 @@ def calibrate(self:_Job):
                                    guidance_scale=s.guidance_scale, seed=s.seed,
                                    progress=run.progress, **self.sources)
 
+# %% ../nbs/09_door/24_quant.ipynb #d1bfdead
 @patch
 def choose(self:_Job, calls, inputs=None):
     "(name -> scheme, name -> what a layer's relative error is worth), by LAQ or the uniform plan."
