@@ -70,7 +70,7 @@ core.when_imported(f'{__name__}.pack', _register_finish)                     # a
 core.when_imported(f'{__name__}.layers', _register_kernels)                # packed layers find the fast kernels
 
 _DOORS = dict(samples='eval.samples', **{o: o for o in (
-    'bench', 'calib', 'cpu', 'format', 'hub', 'layers', 'ldm4', 'metrics', 'quant', 'zoo')})
+    'bench', 'calib', 'cpu', 'format', 'hub', 'layers', 'ldm4', 'metrics', 'proof', 'quant', 'zoo')})
 
 
 def __getattr__(name):

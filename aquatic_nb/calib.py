@@ -282,6 +282,24 @@ def execution_order(
     order = list(dict.fromkeys(order))
     return order + [n for n in layers if n not in order]
 
+# %% ../nbs/03_encoder/10_calib.ipynb #cd2e1902
+@torch.no_grad()
+def never_run(
+    model:nn.Module, # the denoiser
+    calls,           # calls of it
+) -> list:           # names of the packable layers that none of them runs
+    "Layers of which calibration learns nothing; it looks no further than to the call that runs the last one."
+    missing = packable(model)
+    hooks = [m.register_forward_pre_hook(lambda mod, a, n=n: missing.pop(n, None) and None)
+             for n, m in list(missing.items())]
+    try:
+        for call in as_calls(model, calls):
+            if not missing: break
+            model(**call.take([0]))
+    finally:
+        for h in hooks: h.remove()
+    return list(missing)
+
 # %% ../nbs/03_encoder/10_calib.ipynb #824c171d
 def moment_bytes(
     module:nn.Module, # a convolution or linear layer

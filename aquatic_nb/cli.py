@@ -546,13 +546,19 @@ def _chosen_kernels(model):
     return aquatic_nb.cpu.explain_kernels(model, dict(call))[['kernel', 'why']]
 
 # %% ../nbs/12_command/41_cli.ipynb #7f041b4e
-_ToTime = _argument(Optional[str], 'A packed model or pipeline folder; not with --peers.')
+_ToTime = _argument(Optional[str], 'A packed model or pipeline folder; not with --peers or --models.')
 _Peers = _option(bool, 'Instead: other packages and ours, side by side on the shipped model. Takes long; '
                  "absent packages are named. Install them with the extra 'bench'.", '--peers')
-_Only = _option(Optional[list[str]], 'With --peers: a row to make, and again for more; all where not given. '
-                'Rows already in the table stay.')
-_Tables = _option(Path, 'With --peers: folder for peers.csv, peers.md and peers.png.')
-_PeerImages = _option(int, 'With --peers: images.', min=2)
+_FourModels = _option(bool, 'Instead: four models (classes, prompts, a transformer, a flow) at 4 to 1.5 '
+                      'bits, tuned and not, beside peers. Takes hours; --plan says how many.', '--models')
+_Planned = _option(bool, 'With --models: say what would be run, and what it would cost; run nothing.',
+                   '--plan')
+_TuneMinutes = _option(float, 'With --models: processor minutes of tuning.', min=.01)
+_Only = _option(Optional[list[str]], 'With --peers or --models: a row to make (a model, or "model: row"), '
+                'and again for more; all where not given. Rows already in the table stay.')
+_Tables = _option(Path, 'With --peers: folder for peers.csv, peers.md and peers.png; with --models: for '
+                  'models.csv.')
+_TableImages = _option(Optional[int], 'With --peers: images, 256 where not given; with --models 64.', min=2)
 _CallBatch = _option(int, 'Images in one call.', min=1)
 _Repeats = _option(int, 'Timed calls; the median counts.', min=1)
 _Threads = _option(Optional[int], "Threads; torch's choice where not given.", min=1)
@@ -563,10 +569,13 @@ _Threads = _option(Optional[int], "Threads; torch's choice where not given.", mi
 def bench(
     src:_ToTime=None,        # what to work on
     peers:_Peers=False,      # compare packages
+    models:_FourModels=False, # compare models
+    plan:_Planned=False,     # only say what it would cost
     only:_Only=None,         # rows to make
     out:_Tables=Path('peers'), # folder for the result
-    n:_PeerImages=256,       # images
+    n:_TableImages=None,     # images
     steps:_Steps=20,         # denoising steps
+    minutes:_TuneMinutes=3.,  # of tuning
     guidance:_Guidance=SAMPLING_GUIDANCE, # guidance scale
     batch:_CallBatch=4,      # images in one call
     repeats:_Repeats=5,      # timed calls
@@ -574,12 +583,18 @@ def bench(
     as_json:_Json=False,     # result as JSON
     debug:_Debug=False,      # show where an error comes from
 ):
-    "Time one call of the denoiser, with each kernel; or, with --peers, compare with other packages."
-    if peers and src is not None: raise ValueError(f'--peers works on the shipped model; leave out {src!r}')
-    if not peers and src is None:
-        raise ValueError('SRC is missing; name a packed model or pipeline, or use --peers')
+    "Time one call with each kernel; or compare packages (--peers), or models (--models)."
+    table = '--peers' if peers else '--models'
+    if peers and models: raise ValueError('--peers and --models are two tables; ask for one at a time')
+    if plan and not models: raise ValueError('--plan belongs to --models; say that too')
+    if (peers or models) and src is not None:
+        raise ValueError(f'{table} works on models of the package; leave out {src!r}')
+    if not peers and not models and src is None:
+        raise ValueError('SRC is missing; name a packed model or pipeline, or use --peers or --models')
     if threads: torch.set_num_threads(threads)
-    if peers: return _give(_compare_peers(out, only, n, steps, guidance), as_json)
+    if peers: return _give(_compare_peers(out, only, n or 256, steps, guidance), as_json)
+    protocol = dict(images=n or 64, steps=steps, minutes=minutes)
+    if models: return _compare_models(out, only, plan, protocol, as_json)
     _give(_time_kernels(find_source(src), batch, repeats), as_json)
 
 # %% ../nbs/12_command/41_cli.ipynb #a24724f6
@@ -595,6 +610,15 @@ def _time_kernels(source, batch, repeats):
     times = {k: timed(layers.set_kernel(model, k), k) for k in names}
     times['unpacked'] = timed(hub.dequantize(model), 'unpacked')
     return dict(machine=machine(), batch=batch, seconds={k: round(v, 5) for k, v in times.items()})
+
+def _compare_models(out, only, plan, protocol, as_json):
+    "The table of models, or what it would cost."
+    proof, only = aquatic_nb.proof, only or None
+    protocol = proof.TableProtocol(**protocol)
+    table = (proof.plan_models if plan else proof.run_models)(out, only, protocol)
+    told = table.to_string(index=False)
+    if plan: told += f'\nabout {table.minutes.sum()/60:.1f} processor hours in all'
+    _give(dict(rows=json.loads(table.to_json(orient='records'))), as_json, told)
 
 def _compare_peers(out, only, n, steps, guidance):
     "The table of peers, as text too, and its picture: the files, and the rows as JSON takes them."

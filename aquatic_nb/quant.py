@@ -22,8 +22,8 @@ from fastcore.meta import delegates
 from torch import nn
 
 from .act import attach_act
-from .aq import Scheme, stored_bytes
-from .calib import InputStore, calibration_batches, execution_order
+from .aq import Scheme, parse_scheme, stored_bytes
+from .calib import InputStore, calibration_batches, execution_order, never_run
 from .core import Alone, Run, digest, generator, single_thread, work_lock, write_atomic
 from .encode import encode_rows, work_of
 from .kaq import by_output, layer_kind, match_layers, packable, weight_shape, why_dense
@@ -317,10 +317,12 @@ def calibrate(self:_Job):
                                    guidance_scale=s.guidance_scale, seed=s.seed,
                                    progress=run.progress, **self.sources)
 
+# %% ../nbs/09_door/24_quant.ipynb #d1bfdead
 @patch
 def choose(self:_Job, calls, inputs=None):
     "(name -> scheme, name -> what a layer's relative error is worth), by LAQ or the uniform plan."
     s, run = self.settings, self.shared_run
+    silent = [] if calls is None else self.unseen(calls)
     if not s.laq or calls is None:
         return choose_uniform(weights_of(self.model), s.bits, self.fixed, s.codebook_dtype), None
     folder = None if self.work.path is None else self.work.path/'laq'
@@ -328,8 +330,32 @@ def choose(self:_Job, calls, inputs=None):
                         work_dir=folder, cheap=s.measure == 'cheap', thorough=s.measure == 'thorough',
                         inputs=inputs, seed=s.seed, memory=s.memory, workers=run.workers,
                         progress=run.progress)
-    choice = allocate(table, bits_to_bytes(table, s.bits), overrides=self.fixed)
+    plain = _plain(table, silent, s.bits)
+    choice = allocate(table, bits_to_bytes(table, s.bits), overrides=plain | self.fixed)
     return choice, worth_of(table, choice)
+
+# %% ../nbs/09_door/24_quant.ipynb #4ed7f707
+@patch
+def unseen(self:_Job, calls):
+    "Layers that the calibration never runs; a warning names them."
+    names = [n for n in never_run(self.model, calls) if n not in self.fixed]
+    told = ', '.join(map(repr, names[:5])) + (', ...' if len(names) > 5 else '')
+    if names: warnings.warn(f'{len(names)} layers are never run by the calibration inputs: {told}. They get '
+                            'as many bits as asked for, by their weights alone; give inputs that run them, '
+                            'or keep them with overrides={...: "dense"}')
+    return names
+
+# %% ../nbs/09_door/24_quant.ipynb #b3833324
+def _plain(table, names, bits):
+    "For layers of which nothing is known: the best option of their own at the bits asked for."
+    out = {}
+    for n in names:
+        own = table[(table.layer == n) & (table.option != 'dense')].sort_values('bytes')
+        own = own[[not parse_scheme(o).share for o in own.option]]
+        fits = own[8*own.bytes <= bits*own.weights]
+        best = fits.iloc[-1:] if len(fits) else own.iloc[:1]
+        if len(best): out[n] = parse_scheme(best.option.item())
+    return out
 
 # %% ../nbs/09_door/24_quant.ipynb #ed0816c9
 def _row_seconds(model, calls):
@@ -417,6 +443,6 @@ def tune(self:_Job, dense, weights):
     "Distillation from the model as it was; its checkpoint lies in the work folder."
     checkpoint = None if self.work.path is None else self.work.path/'tuning.pt'
     near = self.settings.guidance_scale                           # tuned around it, where it was given
-    more = dict(prompts=self.sources['prompts'], seed=self.settings.seed, checkpoint=checkpoint,
+    more = dict(**self.sources, seed=self.settings.seed, checkpoint=checkpoint,
                 guidance_scale=None if near is None else (max(1., near/2), max(1., 1.5*near)))
     tune_model(self.model, dense, self.calibration, self.settings.tune, weights, run=self.shared_run, **more)

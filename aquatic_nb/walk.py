@@ -153,8 +153,13 @@ def answer(
 # %% ../nbs/02_models/04_walk.ipynb #76ca1de5
 def _place(out):
     "Where an output holds what comes first: a key or an index."
-    if not isinstance(out, Mapping): return 0
-    return 'sample' if 'sample' in out else next(iter(out), None)
+    if isinstance(out, Mapping) and 'sample' in out: return 'sample'
+    keys = [*out] if isinstance(out, Mapping) else [*range(len(out))]
+    return next((k for k in keys if _arrays(out[k])), next(iter(keys), None))
+
+def _arrays(v):
+    "Tensors that could be an answer: of floats, with rows; no index, no single number such as a loss."
+    return [t for _, t in _tensors(v) if t.dim() and t.is_floating_point()]
 
 def _first(out, model, listed=0): # listed: samples, where each has a tensor of its own
     "What an output holds first."
@@ -164,11 +169,11 @@ def _first(out, model, listed=0): # listed: samples, where each has a tensor of 
     each = values[_place(values)] if listed != len(values) or not _is_list(values) else values
     if listed and _is_list(each) and len(each) == listed and len({t.shape for t in each}) == 1:
         return torch.stack(list(each))
-    found = _tensors(dict(values) if isinstance(values, Mapping) else values)
+    found = _arrays(dict(values) if isinstance(values, Mapping) else values)
     if not found: raise TypeError(f'{type(model).__name__} returned {type(out).__name__}, in which there is '
-                                  f'no tensor; '
+                                  f'no tensor of floats with a row for each sample; '
                                   'wrap it in a module whose forward returns the tensor that matters')
-    return found[0][1]
+    return found[0]
 
 # %% ../nbs/02_models/04_walk.ipynb #76ca1de6
 def _replaced(out, new):
@@ -292,7 +297,22 @@ def _as_call(model, i, o):
     def follow(t, name): return t.to(home) if t.device.type == 'cpu' and home.type != 'meta' else t
     return Call(nested(follow, {k: v for k, v in named.items() if k != 'return_dict'}), step=i)
 
+# %% ../nbs/02_models/04_walk.ipynb #cd2e1901
+def classes_of(
+    model:nn.Module, # the denoiser
+):                   # how many classes it was trained with; None where its config does not say
+    "The number of classes of a model that takes class labels."
+    config = getattr(model, 'config', None)
+    found = (getattr(config, k, None) for k in ('num_embeds_ada_norm', 'num_class_embeds'))
+    return next((n for n in found if n), None)
+
 # %% ../nbs/02_models/04_walk.ipynb #5b1e2a01
+def _labels(classes, n, seed):
+    "A class for each of n samples, in a random order in which each comes once before any comes again."
+    gen = generator(seed, 'classes')
+    rounds = [torch.randperm(classes, generator=gen) for _ in range(-(-n//classes))]
+    return torch.cat(rounds)[:n].tolist()
+
 _FROM_BELOW = (TypeError, ValueError, AttributeError, KeyError, IndexError, RuntimeError)
 
 @contextmanager
@@ -640,12 +660,14 @@ def check_prompts(
     for i, o in enumerate(prompts):
         if not isinstance(o, str): raise ValueError(f'calibration_prompts: entry {i} is a '
                                                     f'{type(o).__name__}, expected a text')
+    if not any(o.strip() for o in prompts):
+        raise ValueError(f'calibration_prompts: all {len(prompts)} are empty; give texts such as the model '
+                         'will be asked for, or None for those of the package')
     return list(prompts)
 
 # %% ../nbs/02_models/04_walk.ipynb #1cb69aab
 class _Tap:
     "A hook that keeps the calls of a model while a pipeline runs, and may put another answer in place."
-    pipe_scale = 4. # what DiTPipeline is called with here
     def __init__(self, pipe, model, trajectory, answers=None):
         self.pipe, self.model, self.trajectory = pipe, model, trajectory
         self.answers, self.calls, self.deep, self.asked = answers or {}, [], False, None
@@ -685,13 +707,13 @@ def reversed(self:_Tap): return type(self.pipe).__name__ in _CONDITION_FIRST
 @patch
 def scale(self:_Tap):
     "The guidance scale of the run that is recorded, or None."
-    found = self.pipe_scale if self.reversed else getattr(self.pipe, 'guidance_scale', self.asked)
+    found = self.asked if self.reversed else getattr(self.pipe, 'guidance_scale', self.asked)
     return float(found) if isinstance(found, (int, float)) else None
 
 @patch
 def guides(self:_Tap, rows):
     "Does the pipeline put rows without the condition and rows with it into one batch?"
-    if self.reversed: return self.pipe_scale > 1
+    if self.reversed: return self.asked > 1
     told = getattr(self.pipe, 'do_classifier_free_guidance', None)
     return told is True or told is None and rows == 2*len(self.trajectory)
 
@@ -808,8 +830,10 @@ def _asked(run):
     except torch.OutOfMemoryError: raise
     except _FROM_BELOW as e:
         given = ', '.join(k for k in run.arguments if k not in ('return_dict', 'output_type'))
+        idle = getattr(getattr(run.pipe, 'scheduler', None), 'num_inference_steps', 0) is None
+        why = 'its scheduler was never given timesteps, see scheduler.set_timesteps; ' if idle else ''
         raise ValueError(f'calibration: {type(run.pipe).__name__} does not run with {given} '
-                         f'({type(e).__name__}: {str(e)[:300]}); give what it needs with '
+                         f'({why}{type(e).__name__}: {str(e)[:300]}); give what it needs with '
                          'calibration_kwargs={...}, or record a call of yours with record_inputs(model, '
                          'lambda: pipe(...))') from e
 
@@ -828,15 +852,14 @@ def record(
 ) -> Recording:
     "Run a pipeline and keep the calls of its model; ValueError where it needs what nobody gave."
     prompts = builtin_prompts() if prompts is None else check_prompts(prompts)
-    calls, runs, config = [], [], dict(getattr(model, 'config', None) or {})
-    classes = config.get('num_class_embeds') or config.get('num_embeds_ada_norm') or batch
+    calls, runs, labels = [], [], _labels(classes_of(model) or batch, n, seed)
     with run.bar(total=n, desc=f'calls of {type(pipe).__name__}') as bar:
         for a in range(0, n, batch):
             ids = torch.arange(a, min(a + batch, n))
             texts = [prompts[int(i) % len(prompts)] for i in ids]
             options = dict(num_inference_steps=steps, guidance_scale=guidance_scale,
                            generator=seed*1_000_003 + a, kwargs=dict(kwargs or {}),
-                           labels=[int(i) % classes for i in ids])
+                           labels=labels[a:a + batch])
             one = _PipelineRun(pipe, model, _arguments(pipe, texts, len(ids), options), ids)
             found, open_ = _asked(one)
             calls += found

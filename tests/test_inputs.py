@@ -4,19 +4,21 @@ import copy
 
 import pytest
 import torch
-from diffusers import (AutoencoderKL, ControlNetModel, DDIMScheduler, DiTTransformer2DModel, EulerAncestralDiscreteScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler,
-                       FluxTransformer2DModel, PixArtTransformer2DModel, PriorTransformer, SD3Transformer2DModel, StableDiffusionControlNetPipeline, StableDiffusionImg2ImgPipeline,
+from diffusers import (AutoencoderKL, ControlNetModel, DDIMScheduler, DiffusionPipeline, DiTTransformer2DModel, EulerAncestralDiscreteScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler,
+                       FluxTransformer2DModel, PixArtTransformer2DModel, PNDMScheduler, PriorTransformer, SD3Transformer2DModel, StableDiffusionControlNetPipeline, StableDiffusionImg2ImgPipeline,
                        StableDiffusionInpaintPipeline, StableDiffusionInstructPix2PixPipeline, StableDiffusionPipeline, UNet2DConditionModel, UNet2DModel)
 from hypothesis import HealthCheck, given, settings, strategies as st
 from torch import nn
 
-from aquatic_nb.calib import calibration_batches, execution_order, input_moments
+from aquatic_nb import quant
+from aquatic_nb.calib import calibration_batches, execution_order, input_moments, never_run
 from aquatic_nb.core import generator
 from aquatic_nb.kaq import packable
 from aquatic_nb.layers import packed_layers
 from aquatic_nb.quant import quantize, quant_report
 from aquatic_nb.probe import thinned
-from aquatic_nb.walk import Recording, as_calls, merge, record_inputs
+from aquatic_nb.tune.distill import Teacher
+from aquatic_nb.walk import Recording, answer, as_calls, merge, record_inputs
 from packed_models import fill, plain
 
 QUICK = dict(laq=False, beam=1, sweeps=1, progress=False)
@@ -206,3 +208,89 @@ def test_pipelines_that_need_images(name):
     assert not packed_layers(pipe.unet) and all(torch.equal(v, before[k]) for k, v in pipe.unet.state_dict().items())
     quantize(pipe.unet, 8.5, calibration=pipe, calibration_kwargs=EMBEDS | needs, n_calibration=2, **QUICK)
     assert packed_layers(pipe.unet)
+
+
+# what people give by mistake, and models of forms that have no rule
+
+@pytest.mark.parametrize('prompts, message', [([], 'non-empty'), ('a cat', 'got str'), (['a cat', 7], 'entry 1 is a int'), (['', ' '], 'all 2 are empty')])
+def test_prompts_that_are_none(prompts, message):
+    pipe = pipeline(StableDiffusionPipeline, DDIMScheduler())
+    with pytest.raises(ValueError, match=message): quantize(pipe.unet, 8.5, calibration=pipe, calibration_prompts=prompts, **TEXT, **QUICK)
+
+
+def test_a_pipeline_without_vae_checker_and_text_encoder_teaches(monkeypatch):
+    "What the pipeline is given for calibration, tuning gives it too."
+    pipe, given = pipeline(StableDiffusionPipeline, DDIMScheduler()), {}
+    pipe.register_modules(vae=None)
+    monkeypatch.setattr(quant, 'timestep_weights', lambda *args: None)
+    monkeypatch.setattr(quant, 'tune_model', lambda model, dense, source, tune, weights, **kw: given.update(kw))
+    quantize(pipe.unet, 8.5, calibration=pipe, tune=1, **TEXT, **QUICK)
+    assert packed_layers(pipe.unet) and given['kwargs'] is EMBEDS
+    walk = Teacher(pipe, pipe.unet, 1, steps=2, kwargs=given['kwargs']).walk(0)
+    assert walk.samples == 2 and all(c.guidance_scale is not None for c in walk)
+    assert walk[0]['encoder_hidden_states'][2:].equal(EMBEDS['prompt_embeds'].half())
+
+
+class OwnLoop(DiffusionPipeline):
+    "A pipeline that leaves the timesteps to its caller."
+    def __init__(self, unet, scheduler):
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler)
+
+    @torch.no_grad()
+    def __call__(self, batch_size=1, num_inference_steps=3, generator=None):
+        x = torch.randn(batch_size, 3, 8, 8, generator=generator)
+        for t in self.scheduler.timesteps[:num_inference_steps]: x = self.scheduler.step(self.unet(x, t).sample, t, x).prev_sample
+        return (x,)
+
+@pytest.mark.parametrize('scheduler', [DDIMScheduler(), PNDMScheduler()], ids=lambda s: type(s).__name__)
+def test_a_scheduler_that_was_never_given_timesteps(scheduler):
+    pipe = OwnLoop(plain(), scheduler)
+    with pytest.raises(ValueError, match='never given timesteps, see scheduler.set_timesteps'): quantize(pipe.unet, 8.5, calibration=pipe, n_calibration=2, **QUICK)
+
+
+class Answers(torch.nn.Module):
+    def __init__(self, how):
+        super().__init__()
+        self.a, self.b, self.how = torch.nn.Linear(16, 32), torch.nn.Linear(32, 16), how
+
+    def forward(self, x):
+        y = self.b(self.a(x).relu())
+        return dict(tuple=(y, None), second=(None, y), dict=dict(out=y), nested=dict(a=dict(n=3, b=[y])), loss=(y.mean(), y), index=(y.argmax(-1), y), nothing=dict(n=3))[self.how]
+
+ROWS = [((torch.randn(32, 16, generator=generator(i, 'rows')),), {}) for i in range(2)]
+
+@pytest.mark.parametrize('how', ['tuple', 'second', 'dict', 'nested', 'loss', 'index'])
+def test_what_matters_is_found_in_any_answer(how):
+    "The first array of floats: neither a loss nor an index."
+    model = Answers(how)
+    assert answer(model, {'x': ROWS[0][0][0]}).shape == (32, 16)
+    assert set(packed_layers(quantize(model, 6, calibration=ROWS, **{**QUICK, 'laq': True}))) == {'a', 'b'}
+
+def test_an_answer_without_a_tensor_is_refused():
+    with pytest.raises((TypeError, ValueError), match='no tensor of floats.*wrap it in a module'): quantize(Answers('nothing'), 6, calibration=ROWS, **{**QUICK, 'laq': True})
+
+
+class Halves(torch.nn.Module):
+    "A model of which calibration runs one half."
+    def __init__(self):
+        super().__init__()
+        self.used, self.never = torch.nn.Linear(16, 16), torch.nn.Linear(16, 16)
+        with torch.no_grad():
+            for k, p in enumerate(self.parameters()): p.copy_(torch.randn(p.shape, generator=generator(k, 'half')))
+
+    def forward(self, x, other=False): return (self.never if other else self.used)(x)
+
+@pytest.mark.parametrize('laq', [False, True])
+def test_layers_that_calibration_never_runs_are_named_and_kept_usable(laq):
+    "LAQ saw no damage in them and gave them one bit."
+    model = Halves()
+    before = model.never.weight.detach().clone()
+    with pytest.warns(UserWarning, match="1 layers are never run by the calibration inputs: 'never'"):
+        quantize(model, 9, calibration=ROWS, **{**QUICK, 'laq': laq})
+    off = (model.never.weight - before).norm()/before.norm()
+    assert set(packed_layers(model)) == {'used', 'never'} and off < .02
+
+def test_layers_of_another_call_are_not_missed():
+    model = Halves()
+    assert never_run(model, [*ROWS, (ROWS[0][0], dict(other=True))]) == [] and never_run(model, ROWS) == ['never']

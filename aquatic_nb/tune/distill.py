@@ -26,7 +26,7 @@ from ..core import MovingAverage, Run, digest, generator, native_bfloat16, write
 from ..semi_pv import SeMIPV, param_groups
 from .layers import close_layers, open_layers, opened_layers
 from ..walk import TIME_NAMES, Call, Recording, answer, as_calls, builtin_prompts, check_prompts
-from ..walk import merge, record, record_walk, steps_of
+from ..walk import classes_of, merge, record, record_walk, steps_of
 
 # %% ../../nbs/07_tuning/21_distill.ipynb #25ac27e8
 def class_walks(
@@ -85,30 +85,34 @@ def pipeline_walks(
     steps:int=20,        # about so many steps, drawn anew for each walk, so that other timesteps occur
     guidance_scale=None, # a number, or a range; None: half to one and a half of the pipeline's own
     prompts=None,        # texts to choose from; None: those of the package
+    kwargs:dict=None,    # further arguments of the pipeline, whose rows are the samples of a walk
 ):                       # function (i, generator) -> Recording
     "Recorded runs with other prompts, guidance and steps each time; one in four has a negative prompt."
     pipe, names = _seated(pipe, model), inspect.signature(pipe.__call__).parameters
     texts = builtin_prompts() if prompts is None else check_prompts(prompts)
     own = getattr(names.get('guidance_scale'), 'default', None)
     if guidance_scale is None and isinstance(own, (int, float)) and own > 1: guidance_scale = (own/2, own*1.5)
-    if 'class_labels' in names: guidance_scale = None             # such a pipeline is recorded at its own
+    given, batch = dict(kwargs or {}), _rows_given(kwargs) or batch
     def make(i, gen):
         pick = lambda n: int(torch.randint(n, (), generator=gen))
-        negative = 'negative_prompt' in names and i % 4 == 3
+        negative = 'negative_prompt' in names and i % 4 == 3 and 'prompt_embeds' not in given
         extra = {'negative_prompt': [texts[pick(len(texts))]]*batch} if negative else {}
-        if 'class_labels' in names: extra = {'class_labels': [pick(_n_classes(model)) for _ in range(batch)]}
+        known = classes_of(model) or 1
+        if 'class_labels' in names: extra = {'class_labels': [pick(known) for _ in range(batch)]}
         chosen = [texts[pick(len(texts))] for _ in range(batch)]
         scale = _drawn(guidance_scale, 1, gen)
         scale = scale.item() if torch.is_tensor(scale) else scale
         n_steps, seed = max(1, steps*3//4 + pick(steps//2 + 1)), pick(2**20)
+        extra |= given
         return record(pipe, model, batch, n_steps, scale, chosen, seed, batch, extra, Run(progress=False))
     return make
 
-# %% ../../nbs/07_tuning/21_distill.ipynb #b5d0ae6c
-def _n_classes(model):
-    found = [getattr(model.config, k, None) for k in ('num_embeds_ada_norm', 'num_class_embeds')]
-    return next((n for n in found if n), 1)
+def _rows_given(kwargs):
+    "Rows of the first tensor or list among the arguments of a pipeline; None where none is."
+    many = (v for v in (kwargs or {}).values() if isinstance(v, list) or torch.is_tensor(v) and v.dim() > 1)
+    return next(map(len, many), None)
 
+# %% ../../nbs/07_tuning/21_distill.ipynb #b5d0ae6c
 def _seated(pipe, model):
     "A shallow copy of a pipeline in which this model sits in the place of the one of its class."
     found = [n for n, o in pipe.components.items() if type(o) is type(model)]
@@ -137,7 +141,7 @@ def _walks_of(source, model, batch, steps, options):
     bare = not {'prompt', 'class_labels', 'image'} & set(names)
     if bare and getattr(getattr(model, 'config', None), 'sample_size', None):
         return plain_walks(source, model, batch or 16, steps, **given('eta'))
-    return pipeline_walks(source, model, batch or 4, steps, **given('guidance_scale', 'prompts'))
+    return pipeline_walks(source, model, batch or 4, steps, **given('guidance_scale', 'prompts', 'kwargs'))
 
 def _answered(model, calls):
     "Calls with the answers of a model."
@@ -207,16 +211,18 @@ class Teacher:
         prompts=None,        # texts, for pipelines with prompts
         eta:float=None,      # DDIM's share of fresh noise, where walks are our own
         seed:int=0,          # of noise, conditions and offsets
+        kwargs:dict=None,    # further arguments of the pipeline, e.g. an image
         folder=None,         # keep walks on disk here; None: in memory
         limit_mb:float=1024.,# most that is kept; further walks are made anew when needed
     ):
         given = isinstance(source, (list, tuple))
         self.model, self.n_walks, self.steps, self.seed = model, 1 if given else n_walks, steps, seed
-        options = dict(guidance_scale=guidance_scale, prompts=prompts, eta=eta)
+        options = dict(guidance_scale=guidance_scale, prompts=prompts, eta=eta, kwargs=kwargs)
         self.make_walk = _walks_of(source, model, batch, steps, options)
         self.folder, self.limit = None if folder is None else Path(folder), limit_mb*1e6
         self.kept, self.nbytes = {}, 0
         self.settings = dict(batch=batch, steps=steps, seed=seed, **options)
+        if kwargs is None: del self.settings['kwargs']            # walks that are kept keep their mark
         self.source, self.disk_mark, self.known = source, None, None
 
 # %% ../../nbs/07_tuning/21_distill.ipynb #a4567096
@@ -759,13 +765,14 @@ def tune_model(
     weights=None,        # function of timesteps [n] -> [n]: what an error there is worth; None: all the same
     guidance_scale=None, # a number, or a range; None: a range that suits the pipeline
     prompts=None,        # texts, for pipelines with prompts
+    kwargs:dict=None,    # further arguments of the pipeline, e.g. an image
     seed:int=0,          # of the walks
     checkpoint=None,     # file to resume from and to write to
     run:Run=Run(),       # bars, and the processes that share the work
 ) -> nn.Module:          # the model
     "Distillation from the dense model over a range of guidance, judged on walks that it is not trained on."
     config = tune if isinstance(tune, TuneConfig) else TuneConfig(minutes=tune, seed=seed)
-    options = dict(guidance_scale=guidance_scale, prompts=prompts)
+    options = dict(guidance_scale=guidance_scale, prompts=prompts, kwargs=kwargs)
     teacher, held = (Teacher(source, dense, n, seed=s, **options) for n, s in ((16, 2*seed), (1, 2*seed + 1)))
     distill(model, teacher, config, held, checkpoint, weights=weights, run=run)
     return model
