@@ -611,6 +611,7 @@ def _time_kernels(source, batch, repeats):
     times['unpacked'] = timed(hub.dequantize(model), 'unpacked')
     return dict(machine=machine(), batch=batch, seconds={k: round(v, 5) for k, v in times.items()})
 
+# %% ../nbs/12_command/41_cli.ipynb #9b68aed5
 def _compare_models(out, only, plan, protocol, as_json):
     "The table of models, or what it would cost."
     proof, only = aquatic_nb.proof, only or None
