@@ -209,9 +209,10 @@ def check_savable(
     model, # a diffusers model, dense or packed; a plain module promises nothing here
 )->None:
     "ValueError where `from_pretrained` could not open what `save_pretrained` would write; says what helps."
+    promised = hasattr(model, 'save_config')
+    if promised: _check_hooks(model)                     # what lies elsewhere can't be looked at
     _check_finite(model)
-    if not hasattr(model, 'save_config'): return
-    _check_hooks(model)
+    if not promised: return
     for n, m in model.named_modules() if not packed_layers(model) else ():
         why = why_not_replaced(m) if type(m) in PACKED else None
         if why: raise ValueError(f'layer {n!r}: {why}')

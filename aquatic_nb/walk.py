@@ -950,7 +950,9 @@ def rows_at_once(
     most:int=128,    # where it is small
 ) -> int:            # 2 or more
     "Rows that may go through a model at once, and back: what they leave behind grows with the model."
-    return max(2, min(most, 2_000_000_000//max(1, sum(p.numel() for p in model.parameters()))))
+    size = max(1, sum(p.numel() for p in model.parameters()))
+    room = 2_000_000_000 if size < 100_000_000 else 1_000_000_000 # a large one fills much of the memory itself
+    return max(2, min(most, room//size))
 
 @contextmanager
 def helped(

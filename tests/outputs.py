@@ -14,6 +14,7 @@ from pathlib import Path
 
 root = Path(__file__).resolve().parents[1]
 TOLERANCE = .02
+NOT_RUN = 'it did not run to the end'
 NUMBER = re.compile(r'(?<![A-Za-z_0-9.])[-+]?\d+(?:,\d{3})*(?:\.\d+)?(?:[eE][-+]?\d+)?')
 BAR = re.compile(r'\d+%\||\?it/s|it/s\]|s/it\]')
 UNIT = r'(?:CPU |processor |wall )?(?:s|ms|us|µs|ns|min|h|seconds?|minutes?|hours?|milliseconds|microseconds|it/s|[GMk]B/s|GFLOP/s|[GTM]flops?/s)'
@@ -132,7 +133,7 @@ def look(path, keep=False, strict=True):
     ok, now = run(path)
     found = list(differences(stored, now)) if ok else []
     if keep and found: store(path, stored, found, now)
-    wrong = [f"cell {i} ({cell['id']}): {why}" for cell, i, why in found] if ok else ['it did not run to the end']
+    wrong = [f"cell {i} ({cell['id']}): {why}" for cell, i, why in found] if ok else [NOT_RUN]
     print(f'- {path.relative_to(root)}: ' + ('; '.join(wrong) or 'as stored'), flush=True)
     return path.name, time.time() - start, wrong if strict or not ok else []
 
@@ -159,7 +160,8 @@ def main(args=None):
     for name, seconds, _ in sorted(found, key=lambda o: -o[1])[:4]: print(f'{name}: {seconds:.0f} secs')
     if args.store and len(found) == len(notebooks()): KIND.write_text(here + '\n', encoding='utf-8')
     bad = [name for name, _, wrong in found if wrong]
-    if bad and not args.store: sys.exit(f"{len(bad)} of {len(found)} notebooks are not what they say: {', '.join(bad)}; look at the cell, then "
+    bad = bad if not args.store else [name for name, _, wrong in found if wrong == [NOT_RUN]]
+    if bad: sys.exit(f"{len(bad)} of {len(found)} notebooks are not what they say: {', '.join(bad)}; look at the cell, then "
                                         'python tests/outputs.py --store NOTEBOOK, or give the cell #| tol or #| volatile')
     print(f'Success: {len(found)} notebooks')
 
