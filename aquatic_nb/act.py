@@ -146,10 +146,7 @@ def nearest_bucket(
 def call_timesteps(self:ActQuant)->tuple: # numbers; empty where the call has none, or one range serves all
     "The timesteps that the ranges of this call depend on."
     t = current_timestep()
-    if t is None or len(self.timesteps) == 1: return ()
-    known = getattr(t, 'as_numbers', None)    # asked by every layer of the call: worked out once
-    if known is None: known = t.as_numbers = tuple(t.tolist())
-    return known
+    return () if t is None or len(self.timesteps) == 1 else tuple(t.tolist())
 
 # %% ../nbs/04_layers/13_act.ipynb #94e9b681
 @patch

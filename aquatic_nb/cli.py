@@ -23,7 +23,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Optional
 
-import pandas as pd
 import torch
 import typer
 
@@ -313,7 +312,9 @@ def _run_quantize(source, dst, work_dir, calibration, force, settings):
 # %% ../nbs/12_command/41_cli.ipynb #4689b6c9
 def _stage_times(work_dir): # what each stage took, over all the runs that it needed
     note = work_dir/'times.csv'
-    return pd.read_csv(note).to_dict('records') if note.exists() else []
+    lines = note.read_text().splitlines() if note.exists() else ['']
+    names = lines[0].split(',')
+    return [{k: v if k == 'stage' else float(v) for k, v in zip(names, o.split(','))} for o in lines[1:]]
 
 def _file_bytes(folder): # of the weights of a model folder
     return sum(f.stat().st_size for f in Path(folder).glob('*.safetensors'))
@@ -658,13 +659,11 @@ def version(
     as_json:_Json=False, # result as JSON
     debug:_Debug=False, # show where an error comes from
 ):
-    "Versions, machine, and which vector instructions the kernels use here, and why."
+    "Versions and machine."
     found = {k: metadata.version(k) for k in ('diffusers', 'safetensors', 'numba')}
     result = dict(aquatic_nb=aquatic_nb.__version__, torch=torch.__version__, **found)
-    text, used = ', '.join(f'{k} {v}' for k, v in result.items()), aquatic_nb.cpu.cpu_report()
-    result |= dict(machine=machine(), **{k: used[k] for k in ('width', 'dot', 'why')})
-    kernels = f"kernels: {used['width']}, 8-bit products by {used['dot']} ({used['why']})"
-    _give(result, as_json, f'{text}\n{machine()}\n{kernels}')
+    text = ', '.join(f'{k} {v}' for k, v in result.items())
+    _give({**result, 'machine': machine()}, as_json, f'{text}\n{machine()}')
 
 # %% ../nbs/12_command/41_cli.ipynb #5abd5c28
 _DemoFolder = _option(Path, 'Folder for the result.')

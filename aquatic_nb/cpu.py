@@ -32,11 +32,11 @@ from . import __version__
 from .core import machine, native_bfloat16, write_atomic
 from .kernels.decode import Packed, decode_dense
 from .kernels.gemm import conv1x1_gemm, linear_few, linear_gemm
-from .kernels.int8 import (Bytes, Ranges, Words, byte_conv, byte_linear, conv_i8, keep_bytes,
-                                     keep_words, kept_conv_i8, kept_linear_i8, linear_i8, on_grid, reach,
-                                     widen, words_size)
+from .kernels.int8 import (Bytes, byte_conv, byte_linear, conv1x1_i8, conv3x3_i8, conv_i8_portable,
+                                     keep_bytes,
+    linear_i8, on_grid, reach, widen)
 from .kernels.lut import lut_product
-from .kernels.simd import WidthType, _forced, _lock, scratch, width, widths
+from .kernels.simd import WidthType, _forced, _lock, scratch, use_simd, width, widths
 from .kernels.winograd import conv3x3_f2, conv3x3_f4
 from .layers import (KERNELS, AQLayer, AQLinear, is_steady, packed_layers, pick_kernel,
                                register_kernel,
@@ -187,17 +187,11 @@ def _register(name, own, run, priority, takes_raw=False, bind=None):
     register_kernel(name, _guard(name), go, priority, takes_raw)
 
 # %% ../nbs/10_kernels/31_cpu.ipynb #bb09fcc2
-def _grid_of(layer, view, x):
-    "What puts a layer's activations on their grid: ranges, largest integer, split; None where there is none."
-    act = layer.act
-    return None if act is None else (*_ranges(act, view, x)[:2], np.float32(2**act.bits - 1), act.split)
-
-def _run_conv(fn, quantizes=False):
-    "`fn` on arrays; it puts activations on their grid itself if it `quantizes`."
+def _run_conv(fn):
     def run(layer, view, x):
         x = x.contiguous()
         y = torch.empty(len(x), view.packed.O, *x.shape[2:])
-        fn(view.packed, x.numpy(), y.numpy(), *[_grid_of(layer, view, x)]*quantizes)
+        fn(view.packed, x.numpy(), y.numpy())
         return y
     return run
 
@@ -228,17 +222,17 @@ def _ranges(act, view, x):
     "Scales and zero points of a call, float32 [B or 1, H] each; kept for the timesteps that come again."
     scale, zero, times = act.scale, act.zero, act.call_timesteps()
     if scale.is_inference() or zero.is_inference() or len(times) > 16:
-        return Ranges.of(*(o.detach().numpy() for o in act.rows(x)))
+        return tuple(o.detach().numpy() for o in act.rows(x))
     key = len(x), times, scale.data_ptr(), scale._version, zero.data_ptr(), zero._version
     found = view.ranges.get(key)
     if found is None:
         if len(view.ranges) > 256: view.ranges.clear()
-        found = view.ranges[key] = Ranges.of(*(o.detach().numpy() for o in act.rows(x)))
+        found = view.ranges[key] = tuple(o.detach().numpy().copy() for o in act.rows(x))
     return found
 
 def _acted(act, view, x):
     "Activations on their grid, bit for bit what `act` gives; the buffer is this thread's next input's."
-    scale, zero = _ranges(act, view, x)[:2]
+    scale, zero = _ranges(act, view, x)
     out = scratch('grid', x.shape)
     x = x if x.is_contiguous() else x.contiguous()
     on_grid(x.numpy(), scale, zero, 2**act.bits - 1, act.split, out)
@@ -249,15 +243,19 @@ def _own_int8(layer, x):
     if layer.act is None: return 'activations are not quantized'
     why = _fits(layer, ('conv3x3', 'conv1x1', 'linear'), 4, int8=True)
     if why: return why
-    if not _exact(layer): return 'sums of its codewords do not fit 8 bits'
-    if math.prod(layer.weight_shape[1:]) > _SAFE: return f'fan-in above {_SAFE} could overflow 32 bits'
+    if not use_simd(int8=True) and isinstance(layer, AQLinear): return 'no 8-bit dot product here'
+    if math.prod(layer.weight_shape[1:]) > 60000: return 'fan-in above 60000 could overflow 32 bits'
     if (layer.act.split or 0) % 8 and conv_kind(layer) != 'conv3x3': return 'split not divisible by 8'
 
 def _run_int8(layer, view, x):
-    s, z, top, split = _grid_of(layer, view, x)
-    if conv_kind(layer) == 'linear': return _run_line(lambda p, a, y: linear_i8(p, a, y, s, z, top, split))(
-        layer, view, x)
-    return _run_conv(lambda p, a, y: conv_i8(p, a, y, s, z, top, split))(layer, view, x)
+    act, kind = layer.act, conv_kind(layer)
+    s, z = _ranges(act, view, x)
+    top, z = 2**act.bits - 1, z.astype(np.int32)
+    if kind == 'linear': fn = linear_i8
+    elif not use_simd(int8=True): fn = functools.partial(conv_i8_portable, taps=9 if kind == 'conv3x3' else 1)
+    else: fn = conv3x3_i8 if kind == 'conv3x3' else conv1x1_i8
+    run = _run_line if kind == 'linear' else _run_conv
+    return run(lambda p, a, y: fn(p, a, y, s, z, top, act.split))(layer, view, x)
 
 # %% ../nbs/10_kernels/31_cpu.ipynb #5489f71b
 def _own_lut(layer, x): return None if conv_kind(layer) != 'other' else 'for conv3x3, conv1x1 and linear only'
@@ -277,20 +275,10 @@ def _run_lut(layer, view, x):
 _policy = weakref.WeakKeyDictionary()   # layer -> 'int8', 'fp32', 'bf16', or 'none'; absent: as measured
 _keeping = threading.RLock()            # one at a time looks at the room that is left and takes it
 
-_SAFE = 60000   # fan-in whose sums of 8-bit products fit 32 bits
-
-def _as_words(layer):
-    "Whether a kept weight meets 8-bit activations as whole numbers."
-    if layer.act is None or math.prod(layer.weight_shape[1:]) > _SAFE: return False
-    return isinstance(layer, AQLinear) or _padding(layer) is not None
-
-def _taps(layer): return math.prod(layer.weight_shape[2:])
-
 def _size(layer, kind):
     "Bytes of a kept weight."
     O, N, w = layer.weight_shape[0], math.prod(layer.weight_shape[1:]), width()
     if kind != 'int8': return dict(bf16=2, fp32=4)[kind]*O*N
-    if _as_words(layer): return words_size(w, O, N, _taps(layer), layer.act.split)
     block = w.lanes*w.panels
     return -(-O//block)*block*(-(-N//4)*4)
 
@@ -323,8 +311,7 @@ def _exact(layer):
 def _make_weight(layer, view, kind):
     "The dense weight in one of the forms that can be kept."
     p, N = view.packed, math.prod(layer.weight_shape[1:])
-    if kind == 'int8':
-        return keep_words(p, N, _taps(layer), layer.act.split) if _as_words(layer) else keep_bytes(p, N)
+    if kind == 'int8': return keep_bytes(p, N)
     w = torch.from_numpy(decode_dense(p, N)).reshape(layer.weight_shape)
     return w.bfloat16() if kind == 'bf16' else w
 
@@ -335,31 +322,20 @@ def _keep(layer, view):
         if view.weight is not None or kind == 'none': return view.weight
         if layer in _policy or _size(layer, kind) <= _free(layer):
             view.weight = _make_weight(layer, view, kind)
-            _make_room()
         return view.weight
 
 def _kept(layer, view):
-    "The kept weight, laid out for the width in use and for activations of the layer's kind."
+    "The kept weight, laid out for the width in use."
     held = view.weight
     if held is None: return _keep(layer, view)
-    words = isinstance(held, Words)
-    if not words and not isinstance(held, Bytes): return held
-    if held.w != width() or words != _as_words(layer) or words and held.split != layer.act.split:
-        held = view.weight = _make_weight(layer, view, 'int8')
+    if isinstance(held, Bytes) and held.w != width(): held = view.weight = _make_weight(layer, view, 'int8')
     return held
 
 # %% ../nbs/10_kernels/31_cpu.ipynb #fd5622e1
-def _make_room():
-    "Let go of float32 that took room which whole numbers want now; its layers keep whole numbers again."
-    for m, v in _all_views():
-        if _totals()[0] <= cache_budget(): return
-        if m not in _policy and isinstance(v.weight, Tensor) and _exact(m): v.weight = None
-
-def _upgrade(layer, view):
-    "Turn whole numbers into float32, the same bits in products, where others leave room for that."
+def _upgrade(layer, view, x):
+    "Turn whole numbers into float32 if there is room for that, and a gain."
     if layer in _policy or not isinstance(view.weight, Bytes): return
-    if os.environ.get('AQUATIC_WEIGHT_CACHE'): return
-    if any(r.name == 'bytes' for r in view.runs.values()): return   # another shape wants them as they are
+    if not (measuring() and _timed(layer, x).fp32): return
     with _keeping:
         more = _size(layer, 'fp32') - view.weight.nbytes
         if more <= cache_budget() - _totals()[0]: view.weight = _make_weight(layer, view, 'fp32')
@@ -375,9 +351,7 @@ def _why_not_kept(layer, x):
     if size > (free := _free(layer)): return f'{size} bytes to keep, {free} of {cache_budget()} left'
 
 def _run_kept(layer, p, weight, x):
-    "The dense operator on a weight in one of the forms; words are for other products, and decoded anew."
-    if isinstance(weight, Words):
-        weight = torch.from_numpy(decode_dense(p, weight.N, scratch('dense', (weight.O, weight.N))))
+    "The dense operator on a weight in one of the forms."
     if isinstance(weight, Bytes):
         weight = torch.from_numpy(widen(weight, scratch('dense', (weight.O, weight.N))))
     elif weight.dtype == torch.bfloat16: weight = weight.float()
@@ -387,7 +361,7 @@ def _run_cached(layer, view, x):
     weight = _kept(layer, view)
     if weight is None: return _run_decode(layer, view, x)
     view.served += 1
-    if view.served in (2, 3): _upgrade(layer, view)
+    if view.served in (2, 3): _upgrade(layer, view, x)
     return _run_kept(layer, view.packed, weight, x)
 
 # %% ../nbs/10_kernels/31_cpu.ipynb #4b7a3a85
@@ -405,35 +379,28 @@ def _own_bytes(layer, x):
         return 'its weight is not kept as whole numbers'
     if isinstance(layer, AQLinear): return None
     if _padding(layer) is None: return 'for one group and zero padding only'
-    if _as_words(layer): return None
     patches = x.numel()*math.prod(layer.kernel_size)//math.prod(layer.stride)
     if patches > 1 << 22: return f'{patches} numbers in patches, at most {1 << 22}'
 
 # %% ../nbs/10_kernels/31_cpu.ipynb #77485353
 def _bind_bytes(layer, kept, x):
-    "A function (x, grid) for one shape; `grid` is None, or ranges and largest integer of the activations."
-    words, cols = isinstance(kept, Words), math.prod(x.shape[:-1])
+    "A function of the input for one shape."
     if isinstance(layer, AQLinear):
         shape = *x.shape[:-1], kept.O
-        fn = kept_linear_i8(kept, cols, len(x) if x.dim() > 1 else 1) if words else byte_linear(kept, cols)
+        fn = byte_linear(kept, math.prod(shape[:-1]))
     else:
         geometry = layer.kernel_size, layer.stride, _padding(layer), layer.dilation
-        shape, fn = (kept_conv_i8 if words else byte_conv)(kept, tuple(x.shape), *geometry)
-    def run(x, *grid): return fn(x if x.is_contiguous() else x.contiguous(), *grid, x.new_empty(shape))
+        shape, fn = byte_conv(kept, tuple(x.shape), *geometry)
+    def run(x): return fn(x if x.is_contiguous() else x.contiguous(), x.new_empty(shape))
     return run
 
 # %% ../nbs/10_kernels/31_cpu.ipynb #1a1fab3b
 def _bytes_at(layer, view, x):
     "The bound function; decoding, where there is no room for the weight."
     kept = _kept(layer, view)
-    if not isinstance(kept, (Bytes, Words)):
-        return lambda layer, view, x: _run_cached(layer, view, x if layer.act is None
-                                                  else _acted(layer.act, view, x))
+    if not isinstance(kept, Bytes): return lambda layer, view, x: _run_cached(layer, view, x)
     run = _bind_bytes(layer, kept, x)
-    if layer.act is None: return lambda layer, view, x: run(x)
-    if isinstance(kept, Bytes): return lambda layer, view, x: run(_acted(layer.act, view, x))
-    top = np.float32(2**layer.act.bits - 1)
-    return lambda layer, view, x: run(x, _ranges(layer.act, view, x), top)
+    return lambda layer, view, x: run(x)
 
 def _run_bytes(layer, view, x): return _bytes_at(layer, view, x)(layer, view, x)
 
@@ -443,9 +410,9 @@ def _gemm_only(layer, x): return _fits(layer, ('linear', 'conv1x1'), 4)
 
 _register('decode', lambda layer, x: None, _run_decode, 10)
 _register('cached', _why_not_kept, _run_cached, 11)
-_register('bytes', _own_bytes, _run_bytes, 12, takes_raw=True, bind=_bytes_at)
-_register('wino2', _conv3_only, _run_conv(conv3x3_f2, True), 30, takes_raw=True)
-_register('wino4', _conv3_only, _run_conv(conv3x3_f4, True), 31, takes_raw=True)
+_register('bytes', _own_bytes, _run_bytes, 12, bind=_bytes_at)
+_register('wino2', _conv3_only, _run_conv(conv3x3_f2), 30)
+_register('wino4', _conv3_only, _run_conv(conv3x3_f4), 31)
 _register('gemm', _gemm_only, _run_gemm, 20)
 _register('few', _own_few, _run_line(linear_few), 40)
 _register('int8', _own_int8, _run_int8, 50, takes_raw=True)
@@ -486,20 +453,13 @@ def _keeping_pays(layer, x, kind, cols):
     return cols <= (u.line if x.shape[-1] >= 128 else u.thin) and math.prod(layer.weight_shape) <= u.size
 
 # %% ../nbs/10_kernels/31_cpu.ipynb #7c1de002
-def _whole_pays(layer, kind, cols):
-    "Whether a product of whole numbers is the best for 8-bit activations; 16-bit ones are half as many."
-    if width().word == 4: return True
-    return kind == 'linear' or kind != 'conv3x3' and (cols <= 512 or layer.weight_shape[1] >= 256)
-
 def _wanted(layer, x):
     "Kernels to take when nothing was measured, the best first; `decode` where none of them can."
-    kind, w, u = conv_kind(layer), width(), _UPTO[width().lanes]
-    if w.name == 'portable': return
+    kind, u = conv_kind(layer), _UPTO[width().lanes]
+    if width().name == 'portable': return
+    if layer.act is not None and use_simd(int8=True): yield 'int8'
     cols = _tokens(layer, x)//math.prod(getattr(layer, 'stride', ()))
     if _keeping_pays(layer, x, kind, cols): yield 'bytes'
-    if layer.act is not None and _whole_pays(layer, kind, cols):
-        if cols <= u.keep: yield 'bytes'
-        yield 'int8'
     if kind == 'conv3x3':
         yield 'wino2' if _small_tiles(layer, x, u.two) else 'wino4'
         if cols <= u.other: yield 'bytes'
@@ -623,11 +583,10 @@ def _candidates(layer, view, x):
     if not _exact(layer) or _why_not_kept(layer, x): return runs
     small = _make_weight(layer, view, 'int8')
     runs['cached'] = kept(small)
+    if math.prod(layer.weight_shape) < 1 << 22: runs['fp32'] = kept(_make_weight(layer, view, 'fp32'))
     if _own_bytes(layer, x) is None:
-        bound, grid = _bind_bytes(layer, small, x), lambda: ()
-        if isinstance(small, Words):
-            grid = lambda: (_ranges(layer.act, view, x), np.float32(2**layer.act.bits - 1))
-        runs['bytes'] = lambda: bound(x if isinstance(small, Words) else act(x), *grid())
+        bound = _bind_bytes(layer, small, x)
+        runs['bytes'] = lambda: bound(act(x))
     return runs
 
 # %% ../nbs/10_kernels/31_cpu.ipynb #80d7d086
@@ -664,6 +623,7 @@ class _Choice(NamedTuple):
     "What the clock says of a layer at a shape."
     free:str     # fastest kernel that keeps nothing
     best:str     # the same, or one that keeps a weight
+    fp32:bool    # whether a kept weight gains by being float32
     times:dict   # kernel -> seconds
 
 # %% ../nbs/10_kernels/31_cpu.ipynb #07a5127f
@@ -673,7 +633,8 @@ def _judge(times, ruled):
     best = min(free, key=free.get)
     if ruled in free and free[ruled] <= _TIE*free[best]: best = ruled
     kept = {n: times[n] for n in _KEEP if times.get(n, math.inf) < _WORTH*free[best]}
-    return _Choice(best, min(kept, key=kept.get, default=best), times)
+    wide = times.get('fp32', math.inf) < .95*times.get('cached', math.inf)
+    return _Choice(best, min(kept, key=kept.get, default=best), wide, times)
 
 def _timed(layer, x):
     "The clock's choice for a layer at a shape: made once a process."
@@ -716,7 +677,6 @@ def _ours(reasons):
 
 class _Run(NamedTuple):
     "A kernel for a layer and a shape, and what the choice depended on beside these and the layer's tensors."
-    name:str        # of the kernel
     go:Callable     # (layer, view, x) -> y
     raw:bool        # quantizes activations itself
     depends:tuple   # see `_depends`
@@ -733,7 +693,7 @@ def _plan(layer, view, x):
     announce()
     if len(view.runs) > 64: view.runs.clear()
     go = way.run if way.bind is None else way.bind(layer, view, x)
-    view.runs[x.shape] = run = _Run(kernel.name, go, way.takes_raw, _depends(layer))
+    view.runs[x.shape] = run = _Run(go, way.takes_raw, _depends(layer))
     return run
 
 # %% ../nbs/10_kernels/31_cpu.ipynb #2be60ad9
@@ -847,7 +807,7 @@ def weight_cache(
 def cpu_report()->dict: # plain values, fit for JSON
     "The width, the 8-bit dot product, threads, number formats, how kernels are chosen, what weights take."
     w = width()
-    return dict(width=w.name, lanes=w.lanes, dot=w.dot or 'none',
+    return dict(width=w.name, lanes=w.lanes, dot=w.dot if use_simd(int8=True) else 'none',
                 why=_width_reason(w), widths=list(widths()),
                 threads=torch.get_num_threads(), torch=torch.backends.cpu.get_cpu_capability(),
                 bfloat16=native_bfloat16(), chosen='by the clock' if measuring() else 'by rule',

@@ -951,7 +951,7 @@ def rows_at_once(
 ) -> int:            # 2 or more
     "Rows that may go through a model at once, and back: what they leave behind grows with the model."
     size = max(1, sum(p.numel() for p in model.parameters()))
-    room = 2_000_000_000 if size < 100_000_000 else 1_000_000_000 # a large one fills much of the memory itself
+    room = 2_000_000_000 if size < 100_000_000 else 1_000_000_000 # a large one fills memory itself
     return max(2, min(most, room//size))
 
 @contextmanager

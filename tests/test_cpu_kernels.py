@@ -1,12 +1,8 @@
 "CPU kernels against float64, over generated shapes, on both instruction paths."
 import copy
 import math
-import os
 import pickle
-import subprocess
-import sys
 import threading
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -99,10 +95,9 @@ def cases(draw):
     n, h, w = draw(st.integers(1, 3)), draw(st.integers(1, 21)), draw(st.integers(1, 37))
     if draw(st.booleans()) and kind in ('conv1x1', 'linear'): I = 8*((I + 7)//8)
     act = draw(st.booleans()) and kind in ('conv3x3', 'conv1x1', 'linear')
-    width = draw(st.sampled_from(list(simd.widths())))
     split = draw(st.integers(1, I - 1)) if act and I > 1 and draw(st.booleans()) else None
     return dict(kind=kind, O=O, I=I, M=M, B=B, n=n, h=h, w=w, act=act, split=split, bits=draw(st.sampled_from((4, 8))),
-                int8=draw(st.booleans()), bias=draw(st.booleans()), width=width, dot=draw(st.sampled_from(simd.dots(width) or [None])),
+                int8=draw(st.booleans()), bias=draw(st.booleans()), width=draw(st.sampled_from(list(simd.widths()))),
                 layout=draw(st.sampled_from(('plain', 'channels_last', 'strided'))), seed=draw(st.integers(0, 9999)))
 
 
@@ -117,7 +112,7 @@ def check(c):
         if c['layout'] == 'channels_last': x = x.contiguous(memory_format=torch.channels_last)
     if c['layout'] == 'strided': x = torch.stack([x, x], -1)[..., 0]
     before = [p.clone() for p in layer.parameters()]
-    with simd.use_width(c['width'], c['dot']):
+    with simd.use_width(c['width']):
         agree(layer, x)
         for name in ('decode', 'cached', 'bytes', 'wino2', 'wino4', 'gemm', 'few', 'int8', 'lut'):
             layer.kernel = name
@@ -136,11 +131,10 @@ def test_shapes(c): check(c)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(28800)
-@pytest.mark.parametrize('width,dot', [(w, d) for w in simd.widths() for d in simd.dots(w) or [None]])
+@pytest.mark.timeout(14400)
 @settings(max_examples=10000, **LOOSE)
 @given(cases())
-def test_many_shapes(width, dot, c): check({**c, 'width': width, 'dot': dot})
+def test_many_shapes(c): check(c)
 
 
 @pytest.mark.parametrize('kind,shape,names', [('conv3x3', (2, 20, 19, 33), ('wino4', 'wino2', 'bytes', 'decode', 'lut', 'int8')), ('conv1x1', (2, 24, 9, 7), ('gemm', 'bytes', 'decode', 'int8', 'lut')),
@@ -153,6 +147,9 @@ def test_threads_give_the_same_bits(kind, shape, names, monkeypatch):
         for name in names:
             layer.act = ranges(layer, 1, None, 8, 0) if name == 'int8' else None
             layer.kernel, got = name, []
+            if name == 'int8' and kind == 'linear' and not simd.use_simd(int8=True):
+                assert '8-bit dot product' in pick_kernel(layer, x)[1]['int8'] # refused by name; the rest is not
+                continue
             for t in (1, 2, 3, 2):
                 torch.set_num_threads(t)
                 with torch.inference_mode(): got.append(cpu_run(layer, x, name))
@@ -254,43 +251,3 @@ def test_bad_input_is_an_error():
         with pytest.raises((ValueError, TypeError), match=text): call()
     odd = np.zeros(97, np.uint8)[1:].view(np.float32).reshape(1, 24)      # misaligned: read as it is, no fault
     assert (gemm.linear_gemm(p, odd, np.ones((1, 4), np.float32)) == 0).all()
-
-
-@pytest.mark.parametrize('width,dot', [(w, d) for w in simd.widths() for d in simd.dots(w) or [None]])
-@pytest.mark.parametrize('kind,shape,split', [('conv3x3', (2, 22, 9, 13), 10), ('conv1x1', (3, 24, 7, 5), 8), ('stride2', (2, 22, 9, 13), None), ('linear', (2, 5, 24), 8),
-                                              ('linear', (1, 24), None), ('linear', (2, 24), None)])
-def test_eight_bits_the_same_from_codes_and_from_kept_words(width, dot, kind, shape, split, monkeypatch):
-    "Whole numbers are exact: both give the same bits, at one thread and at two, and an activation's zero point is a real zero."
-    monkeypatch.setenv('AQUATIC_WEIGHT_CACHE', str(1 << 24))
-    layer, got, before = make(kind, 50, shape[1] if kind != 'linear' else shape[-1], 2, 9), [], torch.get_num_threads()
-    layer.act = ranges(layer, 1, split, 8, 0)
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    try:
-        with simd.use_width(width, dot), torch.inference_mode():
-            for name in ('bytes', 'int8')[:1 if kind == 'stride2' else 2]:
-                for t in (1, 2):
-                    torch.set_num_threads(t)
-                    got.append(agree(layer, x, name))
-    finally: torch.set_num_threads(before)
-    assert all(torch.equal(got[0], g) for g in got[1:])
-
-
-def test_activations_change_what_is_kept():
-    "Words for 8-bit activations, bytes for real ones: a range that is attached or taken away later is followed."
-    layer, x = make('linear', 50, 24, 2, 8), torch.randn(3, 24)
-    for act in (None, ranges(layer, 1, None, 8, 0), ranges(layer, 1, 8, 8, 1), None):
-        layer.act = act
-        for _ in range(2): agree(layer, x, 'bytes')
-        agree(layer, x, 'cached')
-
-
-def test_compiled_code_of_another_version_is_thrown_away(tmp_path):
-    "numba's index names the types of arguments; one whose name is gone cannot be read, and must not stop anybody."
-    module = tmp_path/'some_kernel.py'
-    def text(name): return ('from typing import NamedTuple\nimport numpy as np\nfrom aquatic_nb.kernels.simd import _jit\n'
-                            f'class {name}(NamedTuple):\n    a: float\n@_jit\ndef f(x): return x.a + 1\nprint(f({name}(1.)))\n')
-    for name in ('Before', 'After', 'After'):
-        module.write_text(text(name))
-        done = subprocess.run([sys.executable, '-c', 'import some_kernel'], cwd=tmp_path, capture_output=True, text=True,
-                              env={**os.environ, 'PYTHONPATH': os.pathsep.join([str(tmp_path), str(Path(cpu.__file__).parents[1])])})
-        assert done.stdout.split() == ['2.0'], done.stderr[-2000:]

@@ -27,7 +27,7 @@ from aquatic_nb.quant import quantize_unet
 from aquatic_nb.semi_pv import SeMIPV, param_groups
 from aquatic_nb.tune.distill import Teacher, TuneConfig, distill, distillation_loss, iid_batch
 from aquatic_nb.tune.layers import close_layers, open_layers, opened_layers
-from aquatic_nb.walk import record_walk, steps_of
+from aquatic_nb.walk import as_calls, record_walk, steps_of
 
 QUIET = Run(progress=False)
 
@@ -237,7 +237,7 @@ def moments_there(n):
     "Waits of `input_moments` over n batches, and what it found."
     with pretend() as device:
         model = tiny().to('cuda')
-        batches, names = [call(model, seed=i) for i in range(n)], list(packable(model))
+        batches, names = as_calls(model, [call(model, seed=i) for i in range(n)]), list(packable(model)) # tried once a form
         device.counts.clear(); device.places.clear()
         found = input_moments(model, batches, names, reference=copy.deepcopy(model), workers=1)
         waits = device.waits

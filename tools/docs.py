@@ -212,7 +212,10 @@ class TableRenderer(nbdev.showdoc.BasicMarkdownRenderer):
 
     def _repr_markdown_(self):
         sym = getattr(self.module, self.nm, None) or self.sym # a patched method leaves None behind
-        owner = next((o for o in vars(self.module).values() if isinstance(o, type) and self.nm in vars(o) and inspect.unwrap(vars(o)[self.nm]) is inspect.unwrap(sym)), None) if getattr(self.module, self.nm, None) is None else None
+        patched = getattr(self.module, self.nm, None) is None and '.' not in self.nm
+        owners = [o for o in vars(self.module).values() if patched and isinstance(o, type) and o.__module__ == self.module.__name__ and self.nm in vars(o)]
+        owner = owners[0] if len(owners) == 1 else None
+        sym = vars(owner)[self.nm] if owner else sym
         name = f'{owner.__name__}.{self.nm}' if owner else self.nm # of a patched method below another decorator
         called = f"`{name}({signature(sym)})`{{.signature}}" if callable(sym) else ''
         doc = f"{'#'*self.title_level} {name}\n\n"

@@ -258,7 +258,6 @@ MADE = { # file -> (command, processor minutes as its last run or an estimate sa
     'hub_hardening.json': ('python tests/test_kill.py FOLDER 50, and the commands inside the file', 30, ''),
     'cpu_decode.csv': slow('10_kernels/26_decode', 1), 'cpu_layers.csv': slow(_CPU, 20), 'cpu_bench.json': slow(_CPU, 0, 'with cpu_layers.csv'), 'cpu_lut.csv': slow(_CPU, 2),
     'cpu_rule.csv': slow(_CPU, 15), 'cpu_rule.json': slow(_CPU, 0, 'with cpu_rule.csv'), 'cpu_unet.csv': slow(_CPU, 15, 'shown on the first page'),
-    'cpu_act.csv': slow(_CPU, 15), 'side_by_side.csv': ('python tools/side_by_side.py', 400, '-e .[bench] installed'),
     'ldm4_quantize.csv': slow('11_judging/38_ldm4', 140),
     'models.csv': ('aquatic bench --models --out nbs/results', 600, 'rows not run say so'), 'train_small.csv': slow('13_proof/42_small', 90),
     'cuda_build.csv': slow('10_kernels/33_cuda_runtime', 1), 'cuda_build.json': slow('10_kernels/33_cuda_runtime', 0, 'with cuda_build.csv'),

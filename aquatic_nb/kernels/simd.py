@@ -42,15 +42,6 @@ class Width:
     blocks:int  # blocks of rows that are decoded together
     dot:str     # instruction of the 8-bit dot product; '' where there is none
 
-    @property
-    def word(self): return 4 if 'bus' in self.dot or self.dot == 'sdot' else 2   # channels in 32 bits
-    @property
-    def across(self): return 8 if self.rows*self.panels >= 24 else 4   # columns of an 8-bit product
-    @property
-    def strips(self): return self.rows*self.panels//self.across - (self.lanes == 8 and self.word == 2)
-    @property
-    def flip(self): return 128 if self.dot == 'sdot' else 0   # what makes an unsigned byte a signed one
-
     @functools.cached_property
     def _numba_type_(self): return WidthType(self)   # where numba looks first
 
@@ -92,8 +83,7 @@ def widths()->dict: # name -> Width, the widest first
 @functools.lru_cache(maxsize=64)
 def _named(name, asked_by, dot=None):
     "The width of that name; a ValueError where this machine lacks it."
-    if name not in _NEEDS:
-        raise ValueError(f'{asked_by}={name!r}: not a width; choose one of {list(widths())}')
+    if name not in _NEEDS: raise ValueError(f'{asked_by}={name!r}: not a width; choose one of {list(_NEEDS)}')
     if name not in widths():
         lacks = ', '.join(sorted(_NEEDS[name] - cpu_features())) or 'an x86 processor'
         raise ValueError(f'{asked_by}={name!r}: this processor lacks {lacks}; choose one of {list(widths())}')
@@ -318,22 +308,10 @@ def _transpose(e, rows):
     return rows
 
 # %% ../../nbs/10_kernels/25_simd.ipynb #a3c1b8d0
-def _careful(cache):
-    "What another version left on disk may name what is not here any more: then it is thrown away."
-    load = cache.load_overload
-    def load_overload(*args):
-        try: return load(*args)
-        except Exception:
-            with contextlib.suppress(OSError): cache.flush()
-    cache.load_overload = load_overload
-
 def _jit(f):
     "Compile without the interpreter lock; keep the result on disk where there is a place for it."
     options = dict(nogil=True, error_model='numpy')
-    try:
-        compiled = njit(cache=True, **options)(f)
-        _careful(compiled._cache)
-        return compiled
+    try: return njit(cache=True, **options)(f)
     except RuntimeError:
         return njit(**options)(f)   # no writable folder beside the module or in the home directory
 

@@ -7,7 +7,6 @@ __all__ = ['conv3x3_f4', 'conv3x3_f2']
 
 # %% ../../nbs/10_kernels/28_winograd.ipynb #044368a3
 import functools
-import math
 from typing import NamedTuple
 
 import numpy as np
@@ -73,9 +72,9 @@ def _to_runs(e, v):
 
 # %% ../../nbs/10_kernels/28_winograd.ipynb #38fd6d99
 @simd
-def _f4_input(e, w, plane, shift, offs, q, pitch, out, at, step):
+def _f4_input(e, w, plane, offs, q, pitch, out, at, step):
     "Input transform of a panel of tiles of one channel, given as four runs; 36 vectors, `step` apart."
-    starts = [e.add(shift, e.scalar(offs, e.add(e.mul(q, 4), r))) for r in range(4)]
+    starts = [e.scalar(offs, e.add(e.mul(q, 4), r)) for r in range(4)]
     cols = []
     for y in range(6):
         row = [e.add(s, e.mul(pitch, y)) for s in starts]
@@ -118,38 +117,17 @@ def _f4_decode(e, w, books, codes, row, rowstep, channels, out, to, step):
 
 # %% ../../nbs/10_kernels/28_winograd.ipynb #4937d25a
 @_jit
-def _put_map(x, n, c, grid, to, at, pitch):
-    "A map inside zeros; on its grid, where there is one."
-    H, W, flat = x.shape[2], x.shape[3], x.reshape(-1)
-    S, h, o = len(grid.scale), 1 if c >= grid.cut else 0, (n*x.shape[1] + c)*H*W
-    s, z, top = np.float32(1), np.float32(0), grid.top
-    if S: s, z = grid.scale[min(n, S - 1), h], grid.zero[min(n, S - 1), h]
-    for y in range(H):
-        # slices: no negative indices, so the loops vectorize
-        row, out = flat[o + y*W:o + y*W + W], to[at + y*pitch:at + y*pitch + W]
-        if S:
-            for i in range(W):
-                q = np.rint(row[i]/s) + z
-                q = np.float32(0) if q < np.float32(0) else q
-                q = top if q > top else q
-                out[i] = (q - z)*s
-        else:
-            for i in range(W): out[i] = row[i]
-
-@_jit
-def _f4_in(lo, hi, worker, w, x, n0, images, act, grid, planes, V, vstep):
-    "Channels lo..hi-1: pad some planes, transform their tiles; V is [panel][36][channel][lanes]."
-    L, p, src, panels = w.lanes, planes[worker], grid.src, grid.panels
-    G, rows, pitch = p.shape[0], p.shape[2], p.shape[3]
-    size, flat, vpanel = images*rows*pitch, p.reshape(-1), 36*vstep + 16
+def _f4_in(lo, hi, worker, w, x, n0, images, grid, planes, V, vstep):
+    "Channels lo..hi-1: pad each plane, transform its tiles; V is [panel][36][channel][lanes]."
+    H, W, L = x.shape[2], x.shape[3], w.lanes
+    p, src, panels = planes[worker], grid.src, grid.panels
+    flat, vpanel = p.reshape(-1), 36*vstep + 16
     p[:] = 0
-    for c in range(lo, hi, G):
-        many = min(G, hi - c)
-        for i in range(many):
-            for n in range(images):
-                _put_map(x, n0 + n, c + i, act, flat, i*size + (n*rows + 1)*pitch + 1, pitch)
-        for q in range(panels):
-            for i in range(many): _f4_input(w, flat, i*size, src, q, pitch, V, q*vpanel + (c + i)*L, vstep)
+    for c in range(lo, hi):
+        for n in range(images):
+            for y in range(H):
+                for i in range(W): p[n, 1 + y, 1 + i] = x[n0 + n, c, y, i]
+        for q in range(panels): _f4_input(w, flat, src, q, p.shape[2], V, q*vpanel + c*L, vstep)
 
 @_jit
 def _f4_rim(tmp, L, where, q, n0, o, y):
@@ -208,19 +186,6 @@ class _Grid(NamedTuple):
     patch:np.ndarray   # in a small buffer, for runs that reach over the rim
     whole:bool         # none does
 
-class _OnGrid(NamedTuple):
-    "Ranges of 8-bit activations as compiled code takes them; none of them where activations are real."
-    scale:np.ndarray   # float32 [B or 1, H], or nothing
-    zero:np.ndarray    # the same
-    top:np.float32     # largest integer
-    cut:int            # channel at which the second half begins
-
-    @classmethod
-    def of(cls, grid):
-        if grid is None: return cls(*[np.zeros((0, 1), np.float32)]*2, np.float32(0), 1 << 60)
-        s, z, top, split = grid
-        return cls(*(np.ascontiguousarray(o, np.float32) for o in (s, z)), np.float32(top), split or 1 << 60)
-
 @functools.lru_cache(maxsize=512)
 def _f4_grid(w, images, O, H, W):
     "The grid of some images, and the shape of the padded planes."
@@ -238,7 +203,6 @@ def conv3x3_f4(
     p:Packed,     # a 3x3 layer, d = 9
     x:np.ndarray, # float32 [B, I, H, W], C-contiguous
     y:np.ndarray, # float32 [B, O, H, W] to write to
-    grid=None,    # of 8-bit activations: scales and zero points [B or 1, H], largest integer, split
 ):
     "3x3 convolution, stride 1, zero padding 1, with Winograd-domain codebooks F(4x4)."
     check_call(p, x, y, 9, 1)
@@ -248,12 +212,10 @@ def conv3x3_f4(
     step = max(1, min(B, (24 << 20)//(-(-H//4)*-(-W//w.lanes)*w.lanes//4*36*I*4)))
     room = (scratch('codes', (t, tall*I*p.M + 16), np.int16), scratch('U', (t, w.blocks*36*(w.rows*I + 16))),
             scratch('sums', (t, 36*(tall*wide + 16) + 16*w.lanes)))
-    act = _OnGrid.of(grid)
     for n0 in range(0, B, step):
         grid, plane = _f4_grid(w, min(step, B - n0), p.O, H, W)
-        some = 1 << min(3, max(1, (1 << 16)//math.prod(plane)).bit_length() - 1)   # channels at a time
-        planes, V = scratch('planes', (t, some, *plane)), scratch('V', (grid.panels*(36*vstep + 16),))
-        run_threads(_f4_in, I, w, x, n0, plane[0], act, grid, planes, V, vstep, unit=some)
+        planes, V = scratch('planes', (t, *plane)), scratch('V', (grid.panels*(36*vstep + 16),))
+        run_threads(_f4_in, I, w, x, n0, plane[0], grid, planes, V, vstep)
         run_threads(_f4_out, -(-p.O//tall), w, s, room, V, vstep, grid, n0, y)
     return y
 
@@ -261,7 +223,6 @@ def conv3x3_f4(
 def _f2_block(w):
     "Outputs and tiles whose sums fit the registers, where a tile takes 16/lanes vectors."
     vectors, room = 16//w.lanes, w.rows*w.panels
-    if w.name == 'neon': return 2, 2     # 16 sums and 8 vectors of weights: 32 registers hold no more
     rows = 3 if 3*vectors <= room else 1
     return rows, room//(rows*vectors)
 
@@ -328,14 +289,16 @@ def _f2_tiles(w, books, codes, first, rowstep, channels, V, at, out, to, step):
 
 # %% ../../nbs/10_kernels/28_winograd.ipynb #c50062f0
 @_jit
-def _f2_in(lo, hi, worker, w, x, act, offs, T, planes, V, vstep):
+def _f2_in(lo, hi, worker, w, x, offs, T, planes, V, vstep):
     "Channels lo..hi-1: pad, transform."
-    B, p = x.shape[0], planes[worker]
+    B, H, W = x.shape[0], x.shape[2], x.shape[3]
+    p = planes[worker]
     flat = p.reshape(-1)
     p[:] = 0
     for c in range(lo, hi):
         for n in range(B):
-            _put_map(x, n, c, act, flat, (n*p.shape[1] + 1)*p.shape[2] + 1, p.shape[2])
+            for y in range(H):
+                for i in range(W): p[n, 1 + y, 1 + i] = x[n, c, y, i]
         _f2_input(w, flat, offs, len(offs), p.shape[2], V, c*16*T, vstep)
 
 # %% ../../nbs/10_kernels/28_winograd.ipynb #c5006281
@@ -372,7 +335,6 @@ def conv3x3_f2(
     p:Packed,     # a 3x3 layer, d = 9
     x:np.ndarray, # float32 [B, I, H, W], C-contiguous
     y:np.ndarray, # float32 [B, O, H, W] to write to
-    grid=None,    # of 8-bit activations: scales and zero points [B or 1, H], largest integer, split
 ):
     "3x3 convolution, stride 1, zero padding 1, F(2x2) straight from tables of transformed codewords."
     check_call(p, x, y, 9, 1)
@@ -384,7 +346,7 @@ def conv3x3_f2(
     (R, T), (plane, src, where) = _f2_block(w), _f2_grid(w, B, H, W)
     tiles, vstep, blocks = len(src), I*16*T + 16, -(-p.O//R)
     planes, V = scratch('planes', (t, *plane)), scratch('V', (tiles//T*vstep,))
-    run_threads(_f2_in, I, w, x, _OnGrid.of(grid), src, T, planes, V, vstep)
+    run_threads(_f2_in, I, w, x, src, T, planes, V, vstep)
     room = (scratch('codes', (R*blocks*I*p.M + 16,), np.int16), scratch('sums', (16*R*blocks*tiles,)),
             scratch('small', (t, 80)))
     run_threads(_f2_out, blocks, w, s, room, R, T, V, vstep, where, tiles, y)
