@@ -253,9 +253,8 @@ def quantize(
         raise ValueError('DST is missing; name the folder for the result, or use --plan')
     source = find_source(src, part, variant, config)
     if dst is not None: check_destination(dst, source.path, force)
-    if fast and best: raise ValueError('--fast and --best exclude each other; give one of them')
     settings = dict(bits=bits, act_bits=act_bits, tune=tune, laq=calibration and not uniform, seed=seed,
-                    preset='fast' if fast else 'best' if best else 'default',
+                    preset=_preset(fast, best),
                     n_calibration=trajectories, guidance_scale=guidance, overrides=parse_overrides(override),
                     calibration_prompts=None if prompts is None else read_prompts(prompts))
     told, text = _told_before(source, settings, memory, calibration)
@@ -264,9 +263,7 @@ def quantize(
     work_dir = work_dir or dst.with_name(dst.name + '.work')
     settings['memory'] = int(memory*2**30)
     result = _run_quantize(source, dst, work_dir, calibration, force, settings)
-    if not as_json and 'stages' in result:
-        result['stages'] = ', '.join(f'{o["stage"]} {o["wall_s"]:.0f} s' for o in result['stages'])
-    _give(result, as_json)
+    _give(result if as_json else _read_aloud(result), as_json)
 
 # %% ../nbs/12_command/41_cli.ipynb #add5b1f1
 def _told_before(source, settings, memory, calibration):
@@ -310,6 +307,14 @@ def _run_quantize(source, dst, work_dir, calibration, force, settings):
                 seconds=round(time.perf_counter() - start, 1), **({'stages': stages} if stages else {}))
 
 # %% ../nbs/12_command/41_cli.ipynb #4689b6c9
+def _preset(fast, best):
+    if fast and best: raise ValueError('--fast and --best exclude each other; give one of them')
+    return 'fast' if fast else 'best' if best else 'default'
+
+def _read_aloud(result): # the stages as a person reads them
+    if 'stages' not in result: return result
+    return result | {'stages': ', '.join(f'{o["stage"]} {o["wall_s"]:.0f} s' for o in result['stages'])}
+
 def _stage_times(work_dir): # what each stage took, over all the runs that it needed
     note = work_dir/'times.csv'
     lines = note.read_text().splitlines() if note.exists() else ['']
