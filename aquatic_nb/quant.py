@@ -157,7 +157,8 @@ def preset_settings(
     if preset not in _PRESETS:
         raise ValueError(f'preset={preset!r}, expected one of {", ".join(map(repr, _PRESETS))}')
     how = dict(_PRESETS[preset])
-    if size > _LARGE: how |= dict(n_calibration=how['n_calibration']//8, measure='cheap')
+    if size > _LARGE: how['n_calibration'] //= 8
+    if size > _LARGE and preset != 'best': how['measure'] = 'cheap' # who asks for the best waits for it
     how |= {k: v for k, v in given.items() if v is not None}
     if how['sequential'] == 'auto': how['sequential'] = size <= _LARGE or 'cuda' in home
     return how | dict(sequential=bool(how['sequential']))

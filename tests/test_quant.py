@@ -167,6 +167,7 @@ def test_presets_fill_what_was_not_given(dense):
     assert fast['sequential'] and not preset_settings('default', 10**9)['sequential'] and preset_settings('default', 10**9, 'cuda:0')['sequential']
     assert preset_settings('fast', 10, beam=5, sequential=True) == fast | dict(beam=5, sequential=True)
     assert preset_settings('default', 10**9)['n_calibration'] == default['n_calibration']//8
+    assert [preset_settings(o, 10**9)['measure'] for o in ('fast', 'default', 'best')] == ['cheap', 'cheap', best['measure']] != ['cheap']*3
     with pytest.raises(ValueError, match="preset='quick', expected one of 'fast', 'default', 'best'"):
         quantize_unet(copy.deepcopy(dense), 3, preset='quick')
 
